@@ -1,0 +1,123 @@
+"""Stores over file descriptors: a regular file and a block device.
+
+Positional, buffered I/O only: several processes share one descriptor, so nothing here depends on or moves the
+file position, and O_DIRECT is never mixed in.
+"""
+
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import stat
+import struct
+from collections.abc import Callable
+
+from snapd.block.errors import SnapdError
+from snapd.block.store import Buffer, WritableBuffer
+
+_BLKGETSIZE64 = 0x80081272
+_BLKDISCARD = 0x1277
+_BLKZEROOUT = 0x127F
+_FALLOC_PUNCH_HOLE_KEEP_SIZE = 0x03
+_ZEROS = bytes(1 << 20)
+
+
+class FileStore:
+    """A regular file. The descriptor is borrowed: whoever opened it closes it.
+
+    Errors: `SnapdError` with the system's errno; a read behind the end is EIO.
+    """
+
+    def __init__(self, fd: int, name: str = "") -> None:
+        self.fd = fd
+        self.name = name or f"descriptor {fd}"
+
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
+
+    def read_into(self, buffer: WritableBuffer, offset: int) -> None:
+        view = memoryview(buffer)
+        try:
+            got = os.preadv(self.fd, [view], offset)
+            while got < len(view):
+                more = os.preadv(self.fd, [view[got:]], offset + got)
+                if not more:
+                    raise SnapdError(errno.EIO, f"{self.name}: nothing to read at byte {offset + got}, behind the end")
+                got += more
+        except OSError as error:
+            raise SnapdError.from_os(error, f"read {len(view)} bytes of {self.name} at {offset}") from error
+
+    def write(self, data: Buffer, offset: int) -> None:
+        try:
+            done = os.pwrite(self.fd, data, offset)
+            if done < len(data):
+                view = memoryview(data)
+                while done < len(view):
+                    done += os.pwrite(self.fd, view[done:], offset + done)
+        except OSError as error:
+            raise SnapdError.from_os(error, f"write {len(data)} bytes to {self.name} at {offset}") from error
+
+    def flush(self) -> None:
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise SnapdError.from_os(error, f"flush {self.name}") from error
+
+    def discard(self, offset: int, length: int) -> None:
+        # Discard is a hint: a file system without holes may keep the data.
+        if _libc_fallocate()(self.fd, _FALLOC_PUNCH_HOLE_KEEP_SIZE, offset, length):
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise SnapdError.from_os(OSError(number, ""), f"discard in {self.name} at {offset}")
+
+    def zero(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            step = min(end - offset, len(_ZEROS))
+            self.write(memoryview(_ZEROS)[:step], offset)
+            offset += step
+
+
+class BlockDeviceStore(FileStore):
+    """A block device: its size is the kernel's, and it cannot grow."""
+
+    def size(self) -> int:
+        raw = fcntl.ioctl(self.fd, _BLKGETSIZE64, bytes(8))
+        return int(struct.unpack("Q", raw)[0])
+
+    def discard(self, offset: int, length: int) -> None:
+        try:
+            fcntl.ioctl(self.fd, _BLKDISCARD, struct.pack("QQ", offset, length))
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise SnapdError.from_os(error, f"discard in {self.name} at {offset}") from error
+
+    def zero(self, offset: int, length: int) -> None:
+        try:
+            fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", offset, length))
+        except OSError as error:
+            raise SnapdError.from_os(error, f"zero in {self.name} at {offset}") from error
+
+
+def file_store(fd: int, name: str = "") -> FileStore:
+    """The store for whatever `fd` is; EINVAL unless it is a regular file or a block device."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISBLK(mode):
+        return BlockDeviceStore(fd, name)
+    if stat.S_ISREG(mode):
+        return FileStore(fd, name)
+    raise SnapdError(errno.EINVAL, f"{name or fd}: neither a regular file nor a block device")
+
+
+@functools.cache
+def _libc_fallocate() -> Callable[[int, int, int, int], int]:
+    # The standard library has posix_fallocate only, which cannot punch holes.
+    function = ctypes.CDLL(None, use_errno=True).fallocate
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    function.restype = ctypes.c_int
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
+        return int(function(fd, mode, offset, length))
+
+    return fallocate
