@@ -1,0 +1,87 @@
+"""The shared map: how far a merge is, as its readers may use it right now.
+
+One file a snapshot and generation, mapped by the merger (the only writer), the workers and the device host. It is
+never a source of truth: after a reboot it is made anew from the disk. The merger publishes in this order: save
+durable, publish the undo op count, write the base, flush the base, mark merged; so a reader may believe what it
+sees at any instant, if it looks again after it took data from the base (UNDO-25, UNDO-26).
+
+File layout (little-endian):
+
+    0   8  magic "SNAPDSHM"
+    8   8  generation
+    16  8  undo op count: so many ops of the undo store are durable and readable (aligned, one store)
+    24  8  blocks (B)
+    32 16  snapshot UUID
+    48 16  zero
+    64  B  one state byte a block: UNTOUCHED, MERGED or PENDING
+"""
+
+import errno
+import mmap
+import os
+import struct
+import uuid
+
+from snapd.block.errors import SnapdError
+from snapd.cow.blockmap import BlockMap
+
+_MAGIC = b"SNAPDSHM"
+_HEAD = struct.Struct("<8sQQQ16s16x")
+_COUNT_WORD = 2
+
+UNTOUCHED = 0
+"""No op: the base is right in both views."""
+MERGED = 1
+"""The new content is durable on the base: the base is right in the new view."""
+PENDING = 2
+"""The base cannot be used as it is."""
+_PENDING_BYTE = bytes([PENDING])
+_PENDING_IF_OP = bytes([PENDING] * 128 + [UNTOUCHED] * 128)
+
+
+class SharedMap:
+    """A mapping of the file behind `fd`; the descriptor may be closed afterwards."""
+
+    def __init__(self, fd: int, *, writable: bool = False) -> None:
+        size = os.fstat(fd).st_size
+        if size < _HEAD.size:
+            raise SnapdError(errno.EBADMSG, f"shared map: only {size} bytes long")
+        self._map = mmap.mmap(fd, size, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
+        magic, self.generation, _, self.block_count, raw_uuid = _HEAD.unpack_from(self._map)
+        if magic != _MAGIC or size != _HEAD.size + self.block_count:
+            raise SnapdError(errno.EBADMSG, "shared map: not one, or of another size")
+        self.snapshot = uuid.UUID(bytes=raw_uuid)
+        # 8-byte aligned loads and stores: one instruction each, never half a number.
+        self._words = memoryview(self._map)[: _HEAD.size].cast("Q")
+
+    @classmethod
+    def create(cls, fd: int, block_map: BlockMap, snapshot: uuid.UUID, generation: int) -> "SharedMap":
+        """Fill the empty file `fd` for a merge that has not begun."""
+        # The sign byte of a little-endian int32 op index is 0xff for "no op" and below 0x80 for any op.
+        states = bytes(block_map.op_of_block.cast("B")[3::4]).translate(_PENDING_IF_OP)
+        head = _HEAD.pack(_MAGIC, generation, 0, block_map.block_count, snapshot.bytes)
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(head + states)
+        return cls(fd, writable=True)
+
+    @property
+    def undo_op_count(self) -> int:
+        """How many ops of the undo store readers must know before they believe the base."""
+        return int(self._words[_COUNT_WORD])
+
+    def publish(self, undo_op_count: int) -> None:
+        """Step c': the undo store holds so many ops durably."""
+        self._words[_COUNT_WORD] = undo_op_count
+
+    def mark_merged(self, start: int, blocks: int) -> None:
+        """After step e: these blocks, all of which have an op, hold their new content durably."""
+        first = _HEAD.size + start
+        self._map[first : first + blocks] = bytes([MERGED]) * blocks
+
+    def new_view_on_base(self, start: int, end: int) -> bool:
+        """Whether blocks [start, end) of the new view may be read from the base (UNDO-26)."""
+        return self._map.find(_PENDING_BYTE, _HEAD.size + start, _HEAD.size + end) < 0
+
+    def state(self, block: int) -> int:
+        """The state byte of one block."""
+        return self._map[_HEAD.size + block]

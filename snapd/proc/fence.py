@@ -1,0 +1,52 @@
+"""Fencing: a successor acts only after its predecessor is gone.
+
+Otherwise the late write of a process believed dead lands on a newer, acknowledged one (DMU-185). The fence is a lock
+file. Whoever starts a process opens the file anew, hands it over and keeps no copy, so that the lock lives exactly
+as long as the holder; whoever is started calls `hold` before it touches anything. A holder that does not
+leave by itself is evicted by its recorded identity, which is checked against pid reuse.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+
+
+def reopen(fd: int) -> int:
+    """A new open file description of a lock file, to be handed to a new holder."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def hold(fd: int) -> None:
+    """Wait until the predecessor is gone, then hold the fence until this process ends."""
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    identity = json.dumps({"pid": os.getpid(), "start_time": _start_time(os.getpid())}).encode()
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, identity, 0)
+
+
+def evict(fd: int) -> None:
+    """SIGKILL the holder, if there is one; its successor's `hold` waits for the exit."""
+    try:
+        identity = json.loads(os.pread(fd, 256, 0))
+        pidfd = os.pidfd_open(identity["pid"])
+    except (ValueError, KeyError, TypeError, OSError):
+        # Nobody ever held it, or the holder is long gone.
+        return
+    try:
+        # The pidfd pins the process, so its start time cannot change between this check and the kill.
+        if _start_time(identity["pid"]) == identity["start_time"]:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+
+
+def _start_time(pid: int) -> int:
+    """Clock ticks after boot at which the process started; with the pid it names one process (proc(5), field 22)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except OSError:
+        return -1
