@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test long lint stubs clean
+
+demo: .venv/demo-ready
+	@$(BIN)/snapctl demo
+
+test: .venv/test-ready lint
+	$(BIN)/pytest -n 2 --dist worksteal
+
+# The same tests with more seeds, for hours rather than minutes.
+long: .venv/test-ready
+	SNAPD_CRASH_SCALE=50 $(BIN)/pytest -n 2 --dist worksteal --timeout 0 tests/crash
+
+lint: .venv/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+stubs: .venv/test-ready
+	$(BIN)/python protos/generate.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "snapd needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+		|| { echo "snapd needs Python's venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo-ready: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/test-ready: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@

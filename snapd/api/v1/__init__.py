@@ -1,0 +1,1 @@
+"""Generated stubs of the API; `protos/` is the source, `protos/generate.py` makes them."""
