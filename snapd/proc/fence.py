@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import signal
 
 
@@ -26,19 +27,23 @@ def hold(fd: int) -> None:
     os.pwrite(fd, identity, 0)
 
 
-def evict(fd: int) -> None:
-    """SIGKILL the holder, if there is one; its successor's `hold` waits for the exit."""
+def evict(fd: int, timeout_ms: int = 0) -> bool:
+    """SIGKILL the holder, if there is one, and wait for its exit; False when it still lives after `timeout_ms`."""
     try:
         identity = json.loads(os.pread(fd, 256, 0))
         pidfd = os.pidfd_open(identity["pid"])
     except (ValueError, KeyError, TypeError, OSError):
         # Nobody ever held it, or the holder is long gone.
-        return
+        return True
     try:
         # The pidfd pins the process, so its start time cannot change between this check and the kill.
-        if _start_time(identity["pid"]) == identity["start_time"]:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        if _start_time(identity["pid"]) != identity["start_time"]:
+            return True
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(timeout_ms))
     finally:
         os.close(pidfd)
 

@@ -1,0 +1,47 @@
+"""Releasing the way back of a snapshot whose update is confirmed (UNDO-10).
+
+| step | action | a crash after it leaves | next start |
+| --- | --- | --- | --- |
+| 1 | the records say CONFIRMED, one transaction for all snapshots of the update | the decision | goes on with 2 |
+| 2 | the state file says CONFIRMED | the same | goes on with 3 |
+| 3 | the COW says that it is merged (COW-145): it can never again be merged onto this base by mistake | the same | 4 |
+| 4 | undo store, then state file, then directory removed | part of them | removes the rest |
+
+Step 1 is the manager's. A device that is mapped needs nothing of this any more: every block of it is on the base.
+"""
+
+import contextlib
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from snapd.block.errors import SnapdError
+from snapd.block.file import file_store
+from snapd.block.store import read_bytes
+from snapd.cow.format import HEADER_SIZE, Header
+from snapd.cow.writer import mark_merged
+from snapd.manager.resources import Resources
+from snapd.merge.statefile import Phase, ReadBack, write_state
+from snapd.merge.undodir import UndoDirectory
+
+
+def release_undo(resources: Resources, directory: Path) -> None:
+    """Steps 2 to 4; blocks. EBUSY when the state file says that the merge is not over, with nothing changed."""
+    files = UndoDirectory(resources.undo_fd)
+    try:
+        state = files.read_state()
+        if state is not None and state.phase is not Phase.CONFIRMED:
+            if state.phase is not Phase.MERGED or state.read_back is not ReadBack.OK:
+                raise SnapdError(
+                    errno.EBUSY, f"{directory}: the merge is {state.phase.name}, read-back {state.read_back.name}"
+                )
+            write_state(files.state, replace(state, phase=Phase.CONFIRMED))
+        cow = file_store(resources.cow_fd)
+        mark_merged(cow, Header.unpack(read_bytes(cow, 0, HEADER_SIZE)).op_count)
+        files.remove()
+    finally:
+        files.close()
+    for path in (directory, directory.parent):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)

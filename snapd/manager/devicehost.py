@@ -1,0 +1,240 @@
+"""The daemon's side of one device host: start, adopt, restart, stop.
+
+Invariant: a successor starts only after the predecessor's exit was seen (the fence also covers a predecessor that
+another daemon started); it is handed the very same descriptors, so the same NBD URI answers again.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from snapd.block.errors import SnapdError
+from snapd.manager.paths import DevicePaths, device_id
+from snapd.manager.process import ControlConnection, DeathCount, Watch
+from snapd.manager.records import SnapshotRecord
+from snapd.manager.resources import Listeners, Resources
+from snapd.proc import control, fence
+from snapd.proc.child import Child
+
+_ADOPT_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 5.0
+_EVICT_TIMEOUT_MS = 5000
+_HANDED_ON = 8
+
+
+class DeviceHost:
+    """A running (or restarting) device host and what it was given.
+
+    `on_change` is called whenever what `show` would say has changed.
+    """
+
+    def __init__(
+        self,
+        record: SnapshotRecord,
+        paths: DevicePaths,
+        resources: Resources,
+        listeners: Listeners,
+        worker_fence_fd: int,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._config = {
+            "device": device_id(record.uuid),
+            "snapshot": record.uuid,
+            "size_bytes": record.new_size_bytes,
+        }
+        self._paths = paths
+        self._resources = resources
+        self._listeners = listeners
+        self._worker_fence_fd = worker_fence_fd
+        self._on_change = on_change
+        self._deaths = DeathCount()
+        self._watch: Watch | None = None
+        self._control: ControlConnection | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self.state = "RESTARTING"
+
+    @classmethod
+    async def start(
+        cls, record: SnapshotRecord, paths: DevicePaths, resources: Resources, on_change: Callable[[], None]
+    ) -> "DeviceHost":
+        """Start a device host over `resources`; returns when it serves."""
+        listeners = Listeners.create(paths)
+        worker_fence_fd = os.open(paths.worker_fence, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        host = cls(record, paths, resources, listeners, worker_fence_fd, on_change)
+        try:
+            await host._spawn()
+        except SnapdError:
+            if host._watch is not None:
+                host._watch.kill()
+            await host.stop()
+            raise
+        host._supervise()
+        return host
+
+    @classmethod
+    async def adopt(
+        cls, record: SnapshotRecord, paths: DevicePaths, on_change: Callable[[], None]
+    ) -> "tuple[DeviceHost, Resources] | None":
+        """Take over the device host that a former daemon left behind; None when there is none, or it is stuck."""
+        try:
+            connection = control.connect(paths.control, _ADOPT_TIMEOUT_S)
+        except OSError:
+            return None
+        link = ControlConnection(connection, lambda _: None)
+        try:
+            reply, fds = await link.call({"verb": "adopt"})
+        except SnapdError:
+            link.close()
+            return None
+        if len(fds) != _HANDED_ON or reply["device"]["snapshot"] != record.uuid:
+            link.close()
+            for fd in fds:
+                os.close(fd)
+            return None
+        cow_fd, base_fd, block_map_fd, shared_map_fd, undo_fd, worker_fence_fd, nbd_fd, control_fd = fds
+        resources = Resources(cow_fd, base_fd, block_map_fd, shared_map_fd, undo_fd)
+        listeners = Listeners(socket.socket(fileno=nbd_fd), socket.socket(fileno=control_fd))
+        host = cls(record, paths, resources, listeners, worker_fence_fd, on_change)
+        pid = int(reply["pid"])
+        host._control = link
+        # The connection is open, so the process that answered is alive and the pid is its own.
+        host._watch = Watch(pid, os.pidfd_open(pid), child=False)
+        host.state = "SERVING"
+        host._supervise()
+        return host, resources
+
+    @property
+    def nbd_uri(self) -> str:
+        """Where clients connect."""
+        return f"nbd+unix:///?socket={self._paths.nbd}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the host; 0 while it is being replaced."""
+        return self._watch.pid if self._watch is not None else 0
+
+    @property
+    def restarts(self) -> int:
+        """How often the host has died under this daemon."""
+        return self._deaths.total
+
+    async def status(self) -> dict[str, Any]:
+        """What the host says of itself; empty while it is being replaced."""
+        if self._control is None:
+            return {}
+        try:
+            reply, _ = await self._control.call({"verb": "status"})
+        except SnapdError:
+            return {}
+        return reply
+
+    async def stop(self) -> None:
+        """End the export: clients are cut off, the host and its worker exit, the sockets' names go."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        if self._watch is not None and self._control is not None:
+            with contextlib.suppress(SnapdError):
+                await self._control.call({"verb": "stop"})
+            try:
+                await asyncio.wait_for(self._watch.exited(), _STOP_TIMEOUT_S)
+            except TimeoutError:
+                self._watch.kill()
+                await self._watch.exited()
+        self._forget_process()
+        self._listeners.close(self._paths)
+        os.close(self._worker_fence_fd)
+
+    def detach(self) -> None:
+        """Leave the host running for the next daemon."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        self._forget_process()
+
+    async def _spawn(self) -> None:
+        await asyncio.to_thread(evict_hosts, self._paths)
+        ours, theirs = control.pair()
+        fence_fd = os.open(self._paths.host_fence, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            child = Child.spawn("snapd.device", [], [theirs.fileno(), fence_fd])
+        finally:
+            theirs.close()
+            os.close(fence_fd)
+        self._watch = Watch(child.pid, child.pidfd, child=True)
+        self._control = ControlConnection(ours, lambda _: None)
+        resources = self._resources
+        await self._control.call(
+            {"verb": "start", "device": self._config},
+            [
+                resources.cow_fd,
+                resources.base_fd,
+                resources.block_map_fd,
+                resources.shared_map_fd,
+                resources.undo_fd,
+                self._worker_fence_fd,
+                self._listeners.nbd.fileno(),
+                self._listeners.control.fileno(),
+            ],
+        )
+        self.state = "SERVING"
+
+    def _supervise(self) -> None:
+        self._supervisor = asyncio.get_running_loop().create_task(self._keep_alive())
+
+    async def _keep_alive(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            assert self._watch is not None
+            await self._watch.exited()
+            self._forget_process()
+            if self._deaths.is_crash_loop(loop.time()):
+                self.state = "FAILED"
+                # Nobody will answer: better refused at connect than a client that waits for ever.
+                self._listeners.close(self._paths)
+                self._on_change()
+                return
+            self.state = "RESTARTING"
+            self._on_change()
+            try:
+                await self._spawn()
+            except SnapdError:
+                if self._watch is None:
+                    self.state = "FAILED"
+                    self._on_change()
+                    return
+                # It started and died, or hung, before it served: its exit is the next thing to be seen.
+                self._watch.kill()
+                continue
+            self._on_change()
+
+    def _forget_process(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._watch is not None:
+            self._watch.detach()
+            self._watch = None
+
+
+def evict_hosts(paths: DevicePaths) -> None:
+    """Kill a device host and a worker that nobody could adopt; returns when both are gone. Blocks."""
+    for path in (paths.host_fence, paths.worker_fence):
+        evict(path)
+
+
+def evict(path: str) -> None:
+    """Kill the holder of the fence at `path` and wait for its exit; ETIMEDOUT when it does not go. Blocks."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if not fence.evict(fd, _EVICT_TIMEOUT_MS):
+            raise SnapdError(errno.ETIMEDOUT, f"the process that holds {path} does not exit")
+    finally:
+        os.close(fd)

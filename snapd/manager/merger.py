@@ -1,0 +1,130 @@
+"""The daemon's side of one merger: start, progress, restart, stop.
+
+Invariant: a merger is restarted from its last durable span until it says how it ended; a successor waits on the fence
+until the predecessor is gone.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+from collections.abc import Awaitable, Callable
+
+from snapd.block.errors import SnapdError
+from snapd.manager.devicehost import evict
+from snapd.manager.paths import DevicePaths
+from snapd.manager.process import ControlConnection, DeathCount, Watch
+from snapd.manager.resources import Resources
+from snapd.proc import control
+from snapd.proc.child import Child
+from snapd.proc.control import Message
+
+_STOP_TIMEOUT_S = 10.0
+
+
+class MergerProcess:
+    """One merge being worked on.
+
+    `on_progress(merged_bytes)` and `on_end(failure)` run on the event loop; `on_end` is awaited once, with
+    None after a merge whose read-back matched, else with the error.
+    """
+
+    def __init__(
+        self,
+        uuid: str,
+        paths: DevicePaths,
+        resources: Resources,
+        on_progress: Callable[[int], None],
+        on_end: Callable[[SnapdError | None], Awaitable[None]],
+    ) -> None:
+        self._uuid = uuid
+        self._paths = paths
+        self._resources = resources
+        self._on_progress = on_progress
+        self._on_end = on_end
+        self._deaths = DeathCount()
+        self._watch: Watch | None = None
+        self._control: ControlConnection | None = None
+        self._merged = False
+        self._failure: SnapdError | None = None
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def pid(self) -> int:
+        """Process id of the merger; 0 while none runs."""
+        return self._watch.pid if self._watch is not None else 0
+
+    async def stop(self) -> None:
+        """Have the merger stop at its next span, and wait for its exit; killed when it takes too long."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        if self._watch is not None:
+            if self._control is not None:
+                self._control.tell({"verb": "stop"})
+            try:
+                await asyncio.wait_for(self._watch.exited(), _STOP_TIMEOUT_S)
+            except TimeoutError:
+                self._watch.kill()
+                await self._watch.exited()
+        self._forget_process()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._spawn()
+                assert self._watch is not None
+                await self._watch.exited()
+                if self._control is not None:
+                    self._control.drain()
+            except SnapdError as error:
+                self._failure = error
+            self._forget_process()
+            if self._merged or self._failure is not None:
+                break
+            if self._deaths.is_crash_loop(asyncio.get_running_loop().time()):
+                self._failure = SnapdError(errno.EIO, f"the merger died {self._deaths.total} times")
+                break
+        await self._on_end(self._failure)
+
+    async def _spawn(self) -> None:
+        await asyncio.to_thread(evict, self._paths.merger_fence)
+        ours, theirs = control.pair()
+        fence_fd = os.open(self._paths.merger_fence, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        resources = self._resources
+        fds = [
+            theirs.fileno(),
+            resources.cow_fd,
+            resources.base_fd,
+            resources.block_map_fd,
+            resources.shared_map_fd,
+            resources.undo_fd,
+            fence_fd,
+        ]
+        try:
+            child = Child.spawn("snapd.merge", ["--snapshot", self._uuid], fds)
+        except SnapdError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(fence_fd)
+        self._watch = Watch(child.pid, child.pidfd, child=True)
+        self._control = ControlConnection(ours, self._on_message)
+
+    def _on_message(self, message: Message) -> None:
+        event = message["event"]
+        if event == "progress" and message["phase"] == "merge":
+            self._on_progress(int(message["done_bytes"]))
+        elif event == "merged":
+            self._merged = True
+        elif event == "failed":
+            self._failure = SnapdError(int(message["errno"]), str(message["message"]))
+
+    def _forget_process(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._watch is not None:
+            self._watch.detach()
+            self._watch = None

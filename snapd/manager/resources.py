@@ -1,0 +1,155 @@
+"""The descriptors of one snapshot: opened and locked once, then handed on.
+
+Invariant: the exclusive locks on base and COW live as long as any process holds a copy of these descriptors, so a
+restarted daemon that finds the device host alive takes them back from it and never opens the paths again.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+from dataclasses import dataclass
+from uuid import UUID
+
+from snapd.block.errors import SnapdError
+from snapd.block.file import file_store
+from snapd.block.lock import open_locked
+from snapd.cow.blockmap import BlockMap
+from snapd.cow.reader import CowFile
+from snapd.manager.paths import DevicePaths, ServicePaths
+from snapd.manager.records import SnapshotRecord
+from snapd.merge.sharedmap import SharedMap
+from snapd.merge.undodir import UndoDirectory
+from snapd.merge.views import restore_shared_map
+from snapd.proc import control
+
+_GENERATION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `snapshot create` learns from the two files; sizes in bytes."""
+
+    old_size_bytes: int
+    new_size_bytes: int
+    changed_bytes: int
+
+
+def inspect(base_path: str, cow_path: str) -> Inspection:
+    """Open, lock and check base and COW, and close them again; `SnapdError` names what is wrong."""
+    with contextlib.ExitStack() as stack:
+        base_fd, cow_fd = _open_pair(base_path, cow_path, stack)
+        base_size = file_store(base_fd, base_path).size()
+        cow = CowFile.parse(file_store(cow_fd, cow_path))
+        block_map = cow.block_map(base_size)
+        changed = sum(extent.length for extent in block_map.changed_extents(0, block_map.block_count))
+        return Inspection(base_size, cow.target_size(base_size), changed * block_map.block_size)
+
+
+@dataclass(slots=True)
+class Resources:
+    """Open descriptors of a snapshot; `close` gives up our copies."""
+
+    cow_fd: int
+    base_fd: int
+    block_map_fd: int
+    shared_map_fd: int
+    undo_fd: int
+
+    @classmethod
+    def open(cls, record: SnapshotRecord, service: ServicePaths) -> "Resources":
+        """Open and lock everything anew; blocks while the COW is parsed.
+
+        Errors: EBUSY when somebody holds a lock; what `CowFile` refuses; EINVAL when the base has neither its old nor
+        its new size.
+        """
+        paths = service.device(record.uuid)
+        with contextlib.ExitStack() as stack:
+            base_fd, cow_fd = _open_pair(record.base_path, record.cow_path, stack)
+            base_size = file_store(base_fd, record.base_path).size()
+            if base_size not in (record.old_size_bytes, record.new_size_bytes):
+                raise SnapdError(
+                    errno.EINVAL,
+                    f"{record.base_path} has {base_size} bytes; it had {record.old_size_bytes} when the snapshot was"
+                    f" created and will have {record.new_size_bytes}",
+                    reason="BASE_SIZE_CHANGED",
+                )
+            cow = CowFile.parse(file_store(cow_fd, record.cow_path))
+            block_map = cow.block_map(record.old_size_bytes, record.new_size_bytes)
+            block_map_fd = _create(paths.block_map, stack)
+            block_map.save(block_map_fd)
+            shared_map_fd = _create(paths.shared_map, stack)
+            shared = SharedMap.create(shared_map_fd, block_map, UUID(record.uuid), _GENERATION)
+            undo_fd = _open_undo(service, record.uuid, stack)
+            _restore(shared, block_map, undo_fd)
+            stack.pop_all()
+            return cls(cow_fd, base_fd, block_map_fd, shared_map_fd, undo_fd)
+
+    def close(self) -> None:
+        """Close our copies; the locks stay while a child holds its own."""
+        for fd in (self.cow_fd, self.base_fd, self.block_map_fd, self.shared_map_fd, self.undo_fd):
+            os.close(fd)
+
+
+@dataclass(slots=True)
+class Listeners:
+    """The sockets of one device host, held by the daemon too, so that a restarted host answers at the same place."""
+
+    nbd: socket.socket
+    control: socket.socket
+
+    @classmethod
+    def create(cls, paths: DevicePaths) -> "Listeners":
+        """Bind both, mode 0600."""
+        nbd = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(paths.nbd)
+            nbd.bind(paths.nbd)
+            os.chmod(paths.nbd, 0o600)
+            nbd.listen(64)
+            return cls(nbd, control.listen(paths.control))
+        except OSError as error:
+            nbd.close()
+            raise SnapdError.from_os(error, f"listen at {paths.nbd}") from error
+
+    def close(self, paths: DevicePaths) -> None:
+        """Close both and remove their names."""
+        for listener, path in ((self.nbd, paths.nbd), (self.control, paths.control)):
+            listener.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _open_pair(base_path: str, cow_path: str, stack: contextlib.ExitStack) -> tuple[int, int]:
+    base_fd = open_locked(base_path)
+    stack.callback(os.close, base_fd)
+    cow_fd = open_locked(cow_path)
+    stack.callback(os.close, cow_fd)
+    return base_fd, cow_fd
+
+
+def _restore(shared: SharedMap, block_map: BlockMap, undo_fd: int) -> None:
+    """Publish how far the merge is before anybody reads through the map: the base may be new already."""
+    files = UndoDirectory(undo_fd)
+    try:
+        restore_shared_map(shared, block_map, files)
+    finally:
+        files.close()
+
+
+def _create(path: str, stack: contextlib.ExitStack) -> int:
+    """A new file at `path`, also when another process still maps the one that was there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _open_undo(service: ServicePaths, uuid: str, stack: contextlib.ExitStack) -> int:
+    path = service.undo(uuid)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd

@@ -1,0 +1,1 @@
+"""The gRPC face of the manager: services, error details, and the `snapd` command."""

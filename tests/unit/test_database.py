@@ -1,0 +1,77 @@
+"""The durable records: what was saved is loaded, all of an update or nothing of it."""
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from snapd.block.errors import SnapdError
+from snapd.manager.database import Database
+from snapd.manager.records import SnapshotRecord, UpdateRecord
+from snapd.manager.states import ReadBack, SnapshotState, UpdateState
+
+
+def snapshot(snapshot_id: str, uuid: str) -> SnapshotRecord:
+    return SnapshotRecord(
+        id=snapshot_id,
+        uuid=uuid,
+        state=SnapshotState.MERGING,
+        base_path="/base",
+        cow_path="/cow",
+        old_size_bytes=8192,
+        new_size_bytes=12288,
+        changed_bytes=4096,
+        mapped=True,
+        read_back=ReadBack.PENDING,
+        failure="no space",
+    )
+
+
+def update(update_id: str, *snapshots: SnapshotRecord) -> UpdateRecord:
+    return UpdateRecord(update_id, UpdateState.MERGING, 17, "why", snapshots)
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "state.db")
+    first, second = update("a", snapshot("s", "1"), snapshot("r", "2")), update("b")
+    database = Database(path)
+    database.save(first)
+    database.save(second)
+    database.close()
+    assert Database(path).load() == [first, second]
+
+
+def test_saving_again_replaces_the_update_and_its_snapshots(tmp_path: Path) -> None:
+    database = Database(str(tmp_path / "state.db"))
+    database.save(update("a", snapshot("s", "1"), snapshot("r", "2")))
+    later = replace(update("a", snapshot("r", "2")), state=UpdateState.MERGED)
+    database.save(later)
+    assert database.load() == [later]
+
+
+def test_a_failed_save_leaves_the_former_records(tmp_path: Path) -> None:
+    database = Database(str(tmp_path / "state.db"))
+    good = update("a", snapshot("s", "1"))
+    database.save(good)
+    with pytest.raises(sqlite3.IntegrityError):
+        database.save(replace(good, state=UpdateState.MERGED, snapshots=(snapshot("s", "1"), snapshot("t", "1"))))
+    assert database.load() == [good]
+
+
+def test_writes_are_durable_before_they_are_acknowledged(tmp_path: Path) -> None:
+    """UNDO-8: write-ahead log and a flush at every commit."""
+    database = Database(str(tmp_path / "state.db"))
+    connection = database._connection
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "state.db")
+    Database(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(SnapdError, match="schema version 99"):
+        Database(path)
