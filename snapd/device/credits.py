@@ -1,0 +1,50 @@
+"""Credit: how many bytes of an export may be in flight, shared fairly by its connections.
+
+A request is in flight from its admission until its reply has left. Who is refused stands in line: nobody is admitted
+before the first in line, so that a large request is not starved by many small ones.
+"""
+
+from collections import deque
+from typing import Generic, TypeVar
+
+Holder = TypeVar("Holder")
+
+
+class Credits(Generic[Holder]):
+    """`limit_bytes` for all holders; a larger request is admitted when it is alone."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.in_flight_bytes = 0
+        self._limit_bytes = limit_bytes
+        self._line: deque[Holder] = deque()
+        self._wanted_bytes: dict[Holder, int] = {}
+
+    def admit(self, holder: Holder, size_bytes: int) -> bool:
+        """Take `size_bytes`, or stand in line for them."""
+        if (not self._line or self._line[0] is holder) and self._fits(size_bytes):
+            if self._line:
+                self.leave_line(holder)
+            self.in_flight_bytes += size_bytes
+            return True
+        if holder not in self._wanted_bytes:
+            self._line.append(holder)
+        self._wanted_bytes[holder] = size_bytes
+        return False
+
+    def release(self, size_bytes: int) -> None:
+        """Give back what a reply that has left had taken."""
+        self.in_flight_bytes -= size_bytes
+
+    def leave_line(self, holder: Holder) -> None:
+        """Forget what `holder` is waiting for."""
+        if self._wanted_bytes.pop(holder, None) is not None:
+            self._line.remove(holder)
+
+    def next_in_line(self) -> Holder | None:
+        """The holder that would be admitted now."""
+        if self._line and self._fits(self._wanted_bytes[self._line[0]]):
+            return self._line[0]
+        return None
+
+    def _fits(self, size_bytes: int) -> bool:
+        return not self.in_flight_bytes or self.in_flight_bytes + size_bytes <= self._limit_bytes

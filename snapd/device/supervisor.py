@@ -1,0 +1,179 @@
+"""The supervisor: keeps one worker behind the target.
+
+A successor is started only when its predecessor's exit has been seen and its last answers have been taken in
+(DMU-185); a worker that hangs up, answers nonsense or keeps a request for too long is killed first (DMU-184). Five
+deaths within a minute are a crash loop: no further worker is started, and the target fails everything at once.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Protocol
+
+from snapd.block.clock import Clock
+from snapd.block.errors import SnapdError
+from snapd.device.loop import READABLE, WRITABLE, Loop
+from snapd.dmuser.channel import SocketChannel
+from snapd.dmuser.target import Target
+from snapd.proc.log import Log
+
+CRASH_LOOP_DEATHS = 5
+CRASH_LOOP_MS = 60_000
+START_RETRY_MS = 1000
+"""Pause after a start that failed in this process, for want of memory or descriptors."""
+STOP_TIMEOUT_MS = 5000
+
+
+class WorkerState(StrEnum):
+    """What stands behind the target."""
+
+    RUNNING = "RUNNING"
+    RESTARTING = "RESTARTING"
+    CRASH_LOOP = "CRASH_LOOP"
+    STOPPED = "STOPPED"
+
+
+class Process(Protocol):
+    """A started worker (`snapd.proc.child.Child`)."""
+
+    pid: int
+    pidfd: int
+
+    def kill(self) -> None: ...
+
+    def wait(self, timeout_ms: int | None = None) -> int: ...
+
+
+class Supervisor:
+    """Starts and replaces workers; `start_worker` returns a process and the target's channel to it."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        target: Target,
+        start_worker: Callable[[], tuple[Process, SocketChannel]],
+        clock: Clock,
+        log: Log,
+    ) -> None:
+        self.state = WorkerState.RESTARTING
+        self.restarts = 0
+        self._loop = loop
+        self._target = target
+        self._start_worker = start_worker
+        self._clock = clock
+        self._log = log
+        self._process: Process | None = None
+        self._channel: SocketChannel | None = None
+        self._channel_interest = READABLE
+        self._deaths_ms: deque[int] = deque(maxlen=CRASH_LOOP_DEATHS)
+        self._retry_ms: int | None = None
+
+    @property
+    def worker_pid(self) -> int:
+        """Process id of the worker; 0 while there is none."""
+        return self._process.pid if self._process is not None else 0
+
+    def start(self) -> None:
+        """Start a worker."""
+        self._retry_ms = None
+        try:
+            self._process, self._channel = self._start_worker()
+        except SnapdError as error:
+            self._log.line(f"no worker: {error}")
+            self._count_death()
+            if self.state is not WorkerState.CRASH_LOOP:
+                self._retry_ms = self._clock.now_ms() + START_RETRY_MS
+            return
+        self.state = WorkerState.RUNNING
+        self._channel_interest = READABLE
+        self._loop.watch(self._process.pidfd, READABLE, self._on_exit)
+        self._loop.watch(self._channel.fileno(), READABLE, self._on_channel)
+
+    def send(self) -> None:
+        """Hand the target's messages to the worker, as far as its socket takes them."""
+        if self._channel is None:
+            return
+        self._channel.send()
+        interest = READABLE | (WRITABLE if self._channel.wants_to_send else 0)
+        if interest != self._channel_interest:
+            self._channel_interest = interest
+            self._loop.change(self._channel.fileno(), interest)
+
+    def next_deadline_ms(self) -> int | None:
+        """When `expire` will have something to do."""
+        deadlines = [d for d in (self._retry_ms, self._target.next_deadline_ms()) if d is not None]
+        return min(deadlines, default=None)
+
+    def expire(self) -> None:
+        """Replace a worker that is stuck, try a failed start again, and let the target's timers run."""
+        if self._target.stuck_channel() is not None:
+            self._drop_worker("stuck: a request has not been answered in time")
+        self._target.expire()
+        if self._retry_ms is not None and self._retry_ms <= self._clock.now_ms():
+            self.restarts += 1
+            self.start()
+
+    def stop(self) -> None:
+        """End the worker; `SnapdError` (ETIMEDOUT) when it does not go."""
+        self.state = WorkerState.STOPPED
+        self._retry_ms = None
+        self._close_channel()
+        if self._process is not None:
+            self._process.kill()
+            self._loop.forget(self._process.pidfd)
+            self._process.wait(STOP_TIMEOUT_MS)
+            self._process = None
+
+    def _on_channel(self, _events: int) -> None:
+        if self._channel is None:
+            return
+        try:
+            if not self._channel.receive():
+                self._drop_worker("")
+        except SnapdError as error:
+            self._drop_worker(f"broke the protocol: {error}")
+
+    def _drop_worker(self, reason: str) -> None:
+        """Take no more from this worker and see to it that it goes; its exit brings the successor."""
+        if reason:
+            self._log.line(f"worker {self.worker_pid} {reason}")
+        self.state = WorkerState.RESTARTING
+        self._close_channel()
+        if self._process is None:
+            self._replace()
+        else:
+            self._process.kill()
+
+    def _on_exit(self, _events: int) -> None:
+        assert self._process is not None
+        pid = self._process.pid
+        self._loop.forget(self._process.pidfd)
+        status = self._process.wait(0)
+        self._process = None
+        self._log.line(f"worker {pid} ended with status {status}")
+        self.state = WorkerState.RESTARTING
+        # Its last answers may still lie in the socket; the end of the stream follows them.
+        if self._channel is None:
+            self._replace()
+
+    def _replace(self) -> None:
+        self._count_death()
+        if self.state is not WorkerState.CRASH_LOOP:
+            self.restarts += 1
+            self.start()
+
+    def _count_death(self) -> None:
+        now = self._clock.now_ms()
+        self._deaths_ms.append(now)
+        if len(self._deaths_ms) == CRASH_LOOP_DEATHS and now - self._deaths_ms[0] < CRASH_LOOP_MS:
+            self.state = WorkerState.CRASH_LOOP
+            self._log.line(
+                f"{CRASH_LOOP_DEATHS} deaths of the worker within {CRASH_LOOP_MS} ms: reads fail from now on"
+            )
+            self._target.give_up()
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            self._loop.forget(self._channel.fileno())
+            self._channel.close()
+            self._channel = None

@@ -1,0 +1,90 @@
+"""The dm-user message: a 40-byte header both ways, then payload (DMU-5 to DMU-12).
+
+    offset bytes field   request                  answer
+    0      8     seq     number of the request    the same number
+    8      8     type    `BioOp`                  `Answer`
+    16     8     flags   `Flag`                   not looked at
+    24     8     sector  first sector             not looked at
+    32     8     len     bytes of the range       not looked at
+    40     n     payload WRITE data               READ data, only after SUCCESS
+
+Integers are little-endian here; the kernel uses the host's order, which is the same on every machine it serves.
+Type values overlap between the two directions (DMU-9), so a header never says by itself which way it goes.
+"""
+
+import struct
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+from snapd.block.bio import BioOp
+
+HEADER = struct.Struct("<QQQQQ")
+HEADER_BYTES = HEADER.size
+
+
+class Answer(IntEnum):
+    """The daemon's verdict on a request; any other code counts as ERROR (DMU-64 to DMU-67)."""
+
+    SUCCESS = 0
+    ERROR = 1
+    UNSUPPORTED = 2
+
+
+class Flag(IntFlag):
+    """What may stand in a request's flags field (section 4)."""
+
+    FAILFAST_DEV = 0x00001
+    FAILFAST_TRANSPORT = 0x00002
+    FAILFAST_DRIVER = 0x00004
+    SYNC = 0x00008
+    META = 0x00010
+    PRIO = 0x00020
+    NOMERGE = 0x00040
+    IDLE = 0x00080
+    INTEGRITY = 0x00100
+    FUA = 0x00200
+    PREFLUSH = 0x00400
+    RAHEAD = 0x00800
+    BACKGROUND = 0x01000
+    NOWAIT = 0x02000
+    CGROUP_PUNT = 0x04000
+    NOUNMAP = 0x08000
+    HIPRI = 0x10000
+    DRV = 0x20000
+    SWAP = 0x40000
+
+
+ACCEPTED_FLAGS = 0x7FFFF & ~int(Flag.CGROUP_PUNT | Flag.HIPRI | Flag.DRV | Flag.SWAP)
+"""The Android set: one bit outside it refuses the whole bio (DMU-20, DMU-21)."""
+
+ACCEPTED_OPS = frozenset(BioOp) - {BioOp.WRITE_SAME}
+"""WRITE_SAME carries data that the protocol drops, so it is never offered to a daemon (DMU-17)."""
+
+
+class Request(NamedTuple):
+    """A request header as the daemon reads it; `length` is in bytes, `sector` in 512-byte units.
+
+    `op` is a plain number: a kernel newer than this list may send others.
+    """
+
+    seq: int
+    op: int
+    flags: int
+    sector: int
+    length: int
+
+    def pack(self) -> bytes:
+        """The 40 bytes on the wire."""
+        return HEADER.pack(*self)
+
+    @property
+    def is_flush(self) -> bool:
+        """A FLUSH, or the zero-length WRITE with PREFLUSH that device mapper sends instead (DMU-16)."""
+        return self.op == BioOp.FLUSH or (
+            self.op == BioOp.WRITE and not self.length and bool(self.flags & Flag.PREFLUSH)
+        )
+
+
+def pack_answer(seq: int, code: int) -> bytes:
+    """An answer header; the fields nobody looks at are zero (DMU-8)."""
+    return HEADER.pack(seq, code, 0, 0, 0)

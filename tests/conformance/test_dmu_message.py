@@ -1,0 +1,112 @@
+"""The wire: golden bytes, operations and flags (DMU-5 to DMU-23)."""
+
+import errno
+
+import pytest
+from dmurig import PREFLUSH, Rig, Submitted, read_one
+
+from snapd.block.bio import BioOp
+from snapd.block.errors import SnapdError
+from snapd.dmuser.message import ACCEPTED_FLAGS, HEADER, HEADER_BYTES, Answer, Flag, Request
+
+GOLDEN = [
+    (
+        Request(7, BioOp.READ, 0x8, 0x1122334455, 4096),
+        "0700000000000000 0000000000000000 0800000000000000 5544332211000000 0010000000000000",
+    ),
+    (
+        Request(1 << 40, BioOp.WRITE, 0x208, 9, 1536),
+        "0000000000010000 0100000000000000 0802000000000000 0900000000000000 0006000000000000",
+    ),
+    (
+        Request(2, BioOp.WRITE, PREFLUSH, 0, 0),
+        "0200000000000000 0100000000000000 0004000000000000 0000000000000000 0000000000000000",
+    ),
+]
+
+
+@pytest.mark.parametrize(("request_header", "golden"), GOLDEN, ids=["read", "write", "flush"])
+def test_header_bytes(request_header: Request, golden: str) -> None:
+    """DMU-5: five little-endian unsigned 64-bit fields, 40 bytes."""
+    raw = request_header.pack()
+    assert len(raw) == HEADER_BYTES == 40
+    assert raw == bytes.fromhex(golden)
+    assert Request._make(HEADER.unpack(raw)) == request_header
+
+
+def test_request_and_answer_types_overlap() -> None:
+    """DMU-9: an untouched READ request sent back is a SUCCESS header, a WRITE an ERROR, a FLUSH an UNSUPPORTED."""
+    assert [int(op) for op in (BioOp.READ, BioOp.WRITE, BioOp.FLUSH)] == [int(answer) for answer in Answer]
+
+
+def test_empty_write_with_preflush_is_a_flush() -> None:
+    """DMU-16: both forms of a flush are one; a write that carries data is not."""
+    assert Request(0, BioOp.FLUSH, 0, 0, 0).is_flush
+    assert Request(0, BioOp.WRITE, PREFLUSH, 8, 0).is_flush
+    assert not Request(0, BioOp.WRITE, 0, 0, 0).is_flush
+    assert not Request(0, BioOp.WRITE, PREFLUSH, 0, 512).is_flush
+    assert not Request(0, BioOp.READ, PREFLUSH, 0, 0).is_flush
+
+
+@pytest.mark.parametrize("op", sorted(BioOp))
+def test_length_of_every_operation_is_its_range(op: BioOp) -> None:
+    """DMU-11: also an operation without payload has the bytes of its range in `len`; DMU-17: WRITE_SAME has none."""
+    rig = Rig()
+    submitted = Submitted(op, sector=3, length=8192)
+    if op is BioOp.WRITE_SAME:
+        with pytest.raises(SnapdError) as refused:
+            rig.target.submit(submitted.bio)
+        assert refused.value.errno == errno.EOPNOTSUPP
+        return
+    rig.target.submit(submitted.bio)
+    header = Request._make(HEADER.unpack(read_one(rig.target.open()).header()))
+    assert header == Request(0, op, 0, 3, 8192)
+
+
+@pytest.mark.parametrize("flag", sorted(Flag))
+def test_every_flag(flag: Flag) -> None:
+    """DMU-20, DMU-21, DMU-23: a flag of the android set arrives as its one bit; any other refuses the bio."""
+    rig = Rig()
+    refused = {Flag.CGROUP_PUNT, Flag.HIPRI, Flag.DRV, Flag.SWAP}
+    if flag in refused:
+        for flags in (int(flag), int(flag) | ACCEPTED_FLAGS):
+            with pytest.raises(SnapdError) as error:
+                rig.submit(flags=flags)
+            assert error.value.errno == errno.EOPNOTSUPP
+        return
+    rig.submit(flags=int(flag))
+    assert HEADER.unpack(read_one(rig.target.open()).header())[2] == int(flag)
+
+
+def test_all_flags_at_once() -> None:
+    """DMU-20: all fifteen of the android set together arrive unchanged; a bit nobody knows refuses the bio."""
+    rig = Rig()
+    assert ACCEPTED_FLAGS.bit_count() == 15
+    rig.submit(flags=ACCEPTED_FLAGS)
+    assert HEADER.unpack(read_one(rig.target.open()).header())[2] == ACCEPTED_FLAGS
+    with pytest.raises(SnapdError):
+        rig.submit(flags=1 << 19)
+
+
+def test_a_refused_bio_takes_no_number() -> None:
+    """DMU-13, DMU-14: refused before it gets a message; the next accepted one has the next number."""
+    rig = Rig()
+    channel = rig.target.open()
+    rig.submit()
+    with pytest.raises(SnapdError):
+        rig.submit(BioOp.WRITE_SAME)
+    with pytest.raises(SnapdError):
+        rig.submit(flags=int(Flag.SWAP))
+    rig.submit()
+    assert [read_one(channel).seq, read_one(channel).seq] == [0, 1]
+    assert channel.take() is None
+
+
+def test_data_must_be_as_long_as_the_bio() -> None:
+    """DMU-6, DMU-7: the payload has `len` bytes, so memory of another length is refused."""
+    rig = Rig()
+    submitted = Submitted(BioOp.READ, length=1024)
+    submitted.bio.length = 512
+    with pytest.raises(SnapdError) as error:
+        rig.target.submit(submitted.bio)
+    assert error.value.errno == errno.EINVAL
