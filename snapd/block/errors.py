@@ -7,6 +7,9 @@ error is described once, where it is found.
 import errno as _errno
 import os
 
+# The number has two names, and Python's table knows the other one.
+_NAMES = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP"}
+
 
 class SnapdError(Exception):
     """Something the caller can be told.
@@ -17,7 +20,7 @@ class SnapdError(Exception):
     def __init__(self, errno: int, message: str, *, reason: str | None = None) -> None:
         super().__init__(message)
         self.errno = errno
-        self.reason = reason or _errno.errorcode.get(errno, str(errno))
+        self.reason = reason or _NAMES.get(errno, str(errno))
 
     @classmethod
     def from_os(cls, error: OSError, doing: str) -> "SnapdError":

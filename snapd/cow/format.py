@@ -4,6 +4,7 @@ All integers are little-endian, nothing is padded or aligned (COW-1). This modul
 where a byte lies.
 """
 
+import errno
 import struct
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -19,6 +20,7 @@ RESUME_POINT_MAX = 4
 SCRATCH_SIZE = 2 << 20
 MIN_UNIT = 4 << 10
 MAX_UNIT = 256 << 10
+MAX_UNIT_BLOCKS = 64
 MAX_OP_COUNT = (1 << 32) - 1
 SOURCE_BITS = 48
 SOURCE_LIMIT = 1 << SOURCE_BITS
@@ -112,7 +114,12 @@ class Header:
         if major not in (1, 2, 3):
             raise CowError(f"unknown major version {major}", statement="V5", offset=8)
         if major != 3:
-            raise CowError(f"version {major} is not supported, only version 3", statement="COW-3", offset=8)
+            raise CowError(
+                f"version {major} is not supported, only version 3",
+                statement="COW-3",
+                offset=8,
+                number=errno.EOPNOTSUPP,
+            )
         if minor != 0:
             raise CowError(f"unknown minor version {minor}", statement="V6", offset=10)
         if header_size != HEADER_SIZE:
@@ -154,11 +161,19 @@ class Op:
     data_length: int
 
     def pack(self) -> bytes:
-        """The 16 bytes on disk; a field that does not fit raises ERANGE's `CowError` (COW-23)."""
+        """The 16 bytes on disk; ERANGE for a field that does not fit (COW-21, COW-23)."""
         if self.new_block >> 32:
-            raise CowError(f"target block {self.new_block} needs more than 32 bits", statement="COW-23")
+            raise CowError(
+                f"target block {self.new_block} needs more than 32 bits", statement="COW-23", number=errno.ERANGE
+            )
         if self.source >> SOURCE_BITS:
-            raise CowError(f"source {self.source} needs more than 48 bits", statement="COW-23")
+            raise CowError(f"source {self.source} needs more than 48 bits", statement="COW-23", number=errno.ERANGE)
+        if not 1 <= self.blocks <= MAX_UNIT_BLOCKS or self.blocks & (self.blocks - 1):
+            raise CowError(
+                f"{self.blocks} blocks are no power of two up to {MAX_UNIT_BLOCKS}",
+                statement="COW-21",
+                number=errno.ERANGE,
+            )
         factor = self.blocks.bit_length() - 1
         return OP.pack(self.data_length, self.new_block, self.type << 60 | factor << 57 | self.source)
 

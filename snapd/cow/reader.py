@@ -16,7 +16,7 @@ from snapd.block.errors import SnapdError
 from snapd.block.store import Readable, Store, read_bytes
 from snapd.cow.blockmap import NO_OP, BlockMap
 from snapd.cow.errors import CowError
-from snapd.cow.format import HEADER_SIZE, OP_SIZE, SOURCE_LIMIT, Compression, Header, OpType
+from snapd.cow.format import HEADER_SIZE, MAX_UNIT_BLOCKS, OP_SIZE, SOURCE_LIMIT, Compression, Header, OpType
 
 _RECORD = np.dtype([("data_length", "<u4"), ("new_block", "<u4"), ("info", "<u8")])
 _Int = npt.NDArray[np.int64]
@@ -25,7 +25,10 @@ _SCRATCH_DONE = 2
 
 @dataclass(frozen=True, slots=True)
 class CowFile:
-    """A parsed COW: the header, and one array entry an op (`type`, `new_block`, `blocks`, `source`, `data_length`)."""
+    """A parsed COW: the header, and one array entry an op (`type`, `new_block`, `blocks`, `source`, `data_length`).
+
+    `sequence` are the target blocks whose ops an ordered merge takes first, in that order.
+    """
 
     header: Header
     size: int
@@ -35,12 +38,17 @@ class CowFile:
     blocks: _Int
     source: _Int
     data_length: _Int
+    sequence: _Int
 
     @classmethod
     def parse(cls, store: Store) -> "CowFile":
         """Read and check a whole file."""
         size = store.size()
         header = Header.unpack(read_bytes(store, 0, min(size, HEADER_SIZE)))
+        if HEADER_SIZE + header.buffer_size > size:
+            raise CowError(
+                f"{header.buffer_size} bytes of scratch leave the file of {size}", statement="COW-41", offset=34
+            )
         ops_end = header.ops_start + header.op_count * OP_SIZE
         if header.op_count and ops_end > size:
             raise CowError(
@@ -58,12 +66,14 @@ class CowFile:
             blocks=np.int64(1) << (info >> np.uint64(57) & np.uint64(7)).astype(np.int64),
             source=(info & np.uint64(SOURCE_LIMIT - 1)).astype(np.int64),
             data_length=record["data_length"].astype(np.int64),
+            sequence=_read_sequence(store, header, size),
         )
+        cow._check_supported()
         cow._check_types(reserved=(info >> np.uint64(48) & np.uint64(0x1FF)).astype(np.int64))
         cow._check_units()
         cow._check_payloads()
         cow._check_overlap()
-        cow._check_sequence(store)
+        cow._check_sequence()
         cow._check_progress(store)
         return cow
 
@@ -100,6 +110,8 @@ class CowFile:
                 raise SnapdError(
                     errno.EINVAL, f"{name} of {value} bytes: not a multiple of the block size {block_size}"
                 )
+        if target_size <= 0:
+            raise SnapdError(errno.EINVAL, f"target of {target_size} bytes: an image has at least one block")
         base_blocks, target_blocks = base_size // block_size, target_size // block_size
         if self.header.num_merge_ops and not self.is_merged:
             raise CowError(
@@ -135,6 +147,15 @@ class CowFile:
             message.format(**fields), statement=statement, op_index=i, offset=self.header.ops_start + i * OP_SIZE
         )
 
+    def _check_supported(self) -> None:
+        if self.header.compression not in (Compression.NONE, Compression.LZ4, Compression.ZSTD):
+            raise CowError(
+                f"compression {Compression(self.header.compression).name.lower()} is not supported",
+                statement="COW-108",
+                offset=70,
+                number=errno.EOPNOTSUPP,
+            )
+
     def _check_types(self, reserved: _Int) -> None:
         known = np.isin(self.type, [OpType.COPY, OpType.REPLACE, OpType.ZERO, OpType.XOR])
         self._fail(~known, "V22", "unknown op type {type}")
@@ -155,7 +176,7 @@ class CowFile:
     def _check_units(self) -> None:
         unit = self.blocks * self.header.block_size
         replace = self.type == OpType.REPLACE
-        too_long = replace & ((self.blocks > 64) | (unit > self.header.max_compression_size))
+        too_long = replace & ((self.blocks > MAX_UNIT_BLOCKS) | (unit > self.header.max_compression_size))
         self._fail(
             too_long, "V23", f"{{blocks}} blocks are more than the unit of {self.header.max_compression_size} bytes"
         )
@@ -190,17 +211,20 @@ class CowFile:
                 offset=self.header.ops_start + two * OP_SIZE,
             )
 
-    def _check_sequence(self, store: Readable) -> None:
-        count = self.header.sequence_data_count
-        if not count:
-            return
+    def _check_sequence(self) -> None:
         start = HEADER_SIZE + self.header.buffer_size
-        sequence = np.frombuffer(read_bytes(store, start, 4 * count), dtype="<u4")
-        missing = ~np.isin(sequence, self.new_block)
+        missing = ~np.isin(self.sequence, self.new_block)
         if missing.any():
             i = int(missing.argmax())
             raise CowError(
-                f"the sequence names block {sequence[i]}, which has no op", statement="V19", offset=start + 4 * i
+                f"the sequence names block {self.sequence[i]}, which has no op", statement="V19", offset=start + 4 * i
+            )
+        order = np.argsort(self.sequence, kind="stable")
+        again = self.sequence[order][1:] == self.sequence[order][:-1]
+        if again.any():
+            i = int(order[int(again.argmax()) + 1])
+            raise CowError(
+                f"the sequence names block {self.sequence[i]} twice", statement="COW-67", offset=start + 4 * i
             )
 
     def _check_progress(self, store: Readable) -> None:
@@ -233,3 +257,11 @@ class CowFile:
                 f"{target_blocks - base_blocks} target blocks lie behind the base, ops cover only {covered}",
                 statement="UNDO-23",
             )
+
+
+def _read_sequence(store: Readable, header: Header, size: int) -> _Int:
+    start, count = HEADER_SIZE + header.buffer_size, header.sequence_data_count
+    if start + 4 * count > size and count:
+        raise CowError(f"a sequence of {count} blocks leaves the file of {size} bytes", statement="V11", offset=start)
+    raw = read_bytes(store, start, 4 * count) if count else b""
+    return np.frombuffer(raw, dtype="<u4").astype(np.int64)

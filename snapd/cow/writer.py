@@ -18,7 +18,17 @@ from snapd.block.errors import SnapdError
 from snapd.block.store import Buffer, Store
 from snapd.cow.compress import CompressOption
 from snapd.cow.errors import CowError
-from snapd.cow.format import MAX_OP_COUNT, MAX_UNIT, MIN_UNIT, SCRATCH_SIZE, Header, Op, OpType
+from snapd.cow.format import (
+    MAX_OP_COUNT,
+    MAX_UNIT,
+    MIN_UNIT,
+    PROGRESS,
+    PROGRESS_OFFSET,
+    SCRATCH_SIZE,
+    Header,
+    Op,
+    OpType,
+)
 
 _WRITE_BYTES = 1 << 20
 
@@ -112,3 +122,9 @@ class CowWriter:
         if self._payloads:
             self._store.write(self._payloads, self._data_end - len(self._payloads))
             self._payloads = bytearray()
+
+
+def mark_merged(store: Store, op_count: int) -> None:
+    """Durably say in a COW of `op_count` ops that all of them are in the base (COW-145, COW-146)."""
+    store.write(PROGRESS.pack(op_count), PROGRESS_OFFSET)
+    store.flush()
