@@ -26,7 +26,7 @@ from snapd.cow.create import create_cow
 from snapd.ctl.demo_compare import compare_device, compare_files
 from snapd.ctl.demo_images import build_images
 from snapd.ctl.demo_reader import VerifyingReader
-from snapd.ctl.demo_service import private_service
+from snapd.ctl.demo_service import PrivateService
 from snapd.ctl.progress import Progress, progress_bar
 from snapd.ctl.sizes import format_size
 from snapd.merge.extract_old import extract_old
@@ -81,7 +81,7 @@ def run(directory: str | None) -> DemoReport:
         say.detail(f"{format_size(created.cow_bytes)} in {created.seconds:.1f} s")
 
         say("A private snapd; the device shows the new system at once, the old one is still on disk")
-        with private_service(scratch) as client:
+        with PrivateService(scratch) as service, Client(service.server) as client:
             return _update(client, say, begin, old, new, base, cow, created.seconds)
 
 
