@@ -12,7 +12,8 @@ test: .venv/test-ready lint
 
 # The same tests with more seeds, for hours rather than minutes.
 long: .venv/test-ready
-	SNAPD_CRASH_SCALE=50 $(BIN)/pytest -n 2 --dist worksteal --timeout 0 tests/crash
+	SNAPD_CRASH_SCALE=50 SNAPD_KILL_SEEDS=100 \
+		$(BIN)/pytest -n 2 --dist worksteal --timeout 0 tests/crash tests/e2e/test_service_kills.py
 
 lint: .venv/test-ready
 	$(BIN)/ruff check .

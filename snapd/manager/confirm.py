@@ -5,7 +5,8 @@
 | 1 | the records say CONFIRMED, one transaction for all snapshots of the update | the decision | goes on with 2 |
 | 2 | the state file says CONFIRMED | the same | goes on with 3 |
 | 3 | the COW says that it is merged (COW-145): it can never again be merged onto this base by mistake | the same | 4 |
-| 4 | undo store, then state file, then directory removed | part of them | removes the rest |
+| 4 | the claim beside the COW removed | the same | 5 |
+| 5 | undo store, then state file, then directory removed | part of them | removes the rest |
 
 Step 1 is the manager's. A device that is mapped needs nothing of this any more: every block of it is on the base.
 """
@@ -15,19 +16,22 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
 from snapd.block.store import read_bytes
+from snapd.cow import claim
 from snapd.cow.format import HEADER_SIZE, Header
 from snapd.cow.writer import mark_merged
+from snapd.manager.records import SnapshotRecord
 from snapd.manager.resources import Resources
 from snapd.merge.statefile import Phase, ReadBack, write_state
 from snapd.merge.undodir import UndoDirectory
 
 
-def release_undo(resources: Resources, directory: Path) -> None:
-    """Steps 2 to 4; blocks. EBUSY when the state file says that the merge is not over, with nothing changed."""
+def release_undo(record: SnapshotRecord, resources: Resources, directory: Path) -> None:
+    """Steps 2 to 5; blocks. EBUSY when the state file says that the merge is not over, with nothing changed."""
     files = UndoDirectory(resources.undo_fd)
     try:
         state = files.read_state()
@@ -39,6 +43,7 @@ def release_undo(resources: Resources, directory: Path) -> None:
             write_state(files.state, replace(state, phase=Phase.CONFIRMED))
         cow = file_store(resources.cow_fd)
         mark_merged(cow, Header.unpack(read_bytes(cow, 0, HEADER_SIZE)).op_count)
+        claim.release(record.cow_path, UUID(record.uuid))
         files.remove()
     finally:
         files.close()

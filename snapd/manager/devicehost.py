@@ -132,6 +132,10 @@ class DeviceHost:
             return {}
         return reply
 
+    async def has_failed(self) -> bool:
+        """Whether host or worker died so often that nobody answers any more."""
+        return self.state == "FAILED" or (await self.status()).get("state") == "CRASH_LOOP"
+
     async def stop(self) -> None:
         """End the export: clients are cut off, the host and its worker exit, the sockets' names go."""
         if self._supervisor is not None:

@@ -5,7 +5,7 @@ next start the records say what must run, and `_recover` makes it so. The order 
 
 | step | action | a crash after it leaves | next start |
 | --- | --- | --- | --- |
-| 1 | check, and open and lock the files | nothing | nothing |
+| 1 | check; open and lock the files; claim the COWs of a merge | maybe our claim | nothing: it is ours |
 | 2 | write the records, one transaction | the intention | the processes are started |
 | 3 | start or stop processes | the same | adopted, or started, or stopped |
 | 4 | tell watchers | – | – |
@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from snapd.block.errors import SnapdError
+from snapd.cow import claim
 from snapd.manager.confirm import release_undo
 from snapd.manager.database import Database
 from snapd.manager.devicehost import DeviceHost, evict, evict_hosts
@@ -143,12 +144,12 @@ class Manager:
         return await self.snapshot_status(update_id, snapshot_id)
 
     async def map_snapshot(self, update_id: str, snapshot_id: str) -> SnapshotStatus:
-        """Export the new image; returns when the device serves. A device that failed is started anew."""
+        """Export the new image; returns when the device serves. A device that has failed is started anew."""
         async with self._lock(update_id):
             update = self._update(update_id)
             record = update.snapshot(snapshot_id)
             runtime = self._runtimes[record.uuid]
-            if runtime.device is not None and runtime.device.state == "FAILED":
+            if runtime.device is not None and await runtime.device.has_failed():
                 await runtime.device.stop()
                 runtime.device = None
             if runtime.device is None:
@@ -182,6 +183,8 @@ class Manager:
                     raise SnapdError(errno.EBUSY, f"update {update_id} has no snapshots to merge")
                 for snapshot in update.snapshots:
                     await self._ensure_open(snapshot)
+                    undo = self._paths.undo(snapshot.uuid)
+                    await asyncio.to_thread(claim.claim, snapshot.cow_path, uuid.UUID(snapshot.uuid), undo)
                 update = replace(update, state=UpdateState.MERGING, failure="")
                 for snapshot in update.snapshots:
                     if snapshot.state in (SnapshotState.READY, SnapshotState.FAILED):
@@ -338,7 +341,7 @@ class Manager:
         """After the decision to confirm: give up the way back; any part of it may be repeated."""
         try:
             resources = await self._ensure_open(record)
-            await asyncio.to_thread(release_undo, resources, self._paths.undo(record.uuid))
+            await asyncio.to_thread(release_undo, record, resources, self._paths.undo(record.uuid))
         except SnapdError as error:
             _log.error(
                 "the undo store of %s could not be removed, the next start tries again: %s", record.cow_path, error

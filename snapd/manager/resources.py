@@ -15,6 +15,7 @@ from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
 from snapd.block.lock import open_locked
 from snapd.cow.blockmap import BlockMap
+from snapd.cow.claim import check_unclaimed
 from snapd.cow.reader import CowFile
 from snapd.manager.paths import DevicePaths, ServicePaths
 from snapd.manager.records import SnapshotRecord
@@ -39,6 +40,7 @@ def inspect(base_path: str, cow_path: str) -> Inspection:
     """Open, lock and check base and COW, and close them again; `SnapdError` names what is wrong."""
     with contextlib.ExitStack() as stack:
         base_fd, cow_fd = _open_pair(base_path, cow_path, stack)
+        check_unclaimed(cow_path)
         base_size = file_store(base_fd, base_path).size()
         cow = CowFile.parse(file_store(cow_fd, cow_path))
         block_map = cow.block_map(base_size)
@@ -60,12 +62,13 @@ class Resources:
     def open(cls, record: SnapshotRecord, service: ServicePaths) -> "Resources":
         """Open and lock everything anew; blocks while the COW is parsed.
 
-        Errors: EBUSY when somebody holds a lock; what `CowFile` refuses; EINVAL when the base has neither its old nor
-        its new size.
+        Errors: EBUSY when somebody holds a lock, or has begun to merge the COW; what `CowFile` refuses; EINVAL when
+        the base has neither its old nor its new size.
         """
         paths = service.device(record.uuid)
         with contextlib.ExitStack() as stack:
             base_fd, cow_fd = _open_pair(record.base_path, record.cow_path, stack)
+            check_unclaimed(record.cow_path, UUID(record.uuid))
             base_size = file_store(base_fd, record.base_path).size()
             if base_size not in (record.old_size_bytes, record.new_size_bytes):
                 raise SnapdError(

@@ -41,7 +41,7 @@ class Runtime:
         said = await self.device.status()
         return DeviceStatus(
             id=device_id(record.uuid),
-            state=self.device.state,
+            state="FAILED" if said.get("state") == "CRASH_LOOP" else self.device.state,
             nbd_uri=self.device.nbd_uri,
             host_pid=self.device.pid,
             worker_pid=int(said.get("worker_pid") or 0),

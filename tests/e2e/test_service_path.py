@@ -1,0 +1,240 @@
+"""The whole path by the command line, with the real processes: the contract that scripts rely on."""
+
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Images, Service, make_images
+
+from snapd.block.errors import SnapdError
+from snapd.client.nbd import NbdClient
+
+MakeImages = Callable[..., Images]
+
+
+def read_device(uri: str) -> bytes:
+    with NbdClient.connect(uri) as device:
+        content = bytearray(device.size_bytes)
+        device.read_into(content, 0)
+    return bytes(content)
+
+
+def create(service: Service, pair: Images) -> None:
+    service.snapctl("update", "create", "u")
+    service.snapctl("snapshot", "create", "u/s", "--base", str(pair.base), "--cow", str(pair.cow))
+
+
+@pytest.mark.parametrize("new_blocks", [None, 2500])
+def test_update_from_creation_to_confirmation(service: Service, images: MakeImages, new_blocks: int | None) -> None:
+    """UNDO-2 to UNDO-5, UNDO-10: the new view before, the base after, the way back until confirmed."""
+    pair = images(new_blocks=new_blocks)
+    create(service, pair)
+    assert service.json("update", "show", "u")["state"] == "CREATED"
+
+    uri = service.json("snapshot", "map", "u/s")["nbd_uri"]
+    assert service.snapctl("snapshot", "map", "u/s") == f"{uri}\n"
+    assert read_device(uri) == pair.new
+    assert pair.base.read_bytes() == pair.old
+    assert service.json("update", "show", "u")["state"] == "SEALED"
+
+    merged = service.json("merge", "start", "u", "--wait")
+    assert merged["state"] == "MERGED"
+    assert merged["merged_bytes"] == merged["changed_bytes"] > 0
+    (snapshot,) = merged["snapshots"]
+    assert (snapshot["state"], snapshot["read_back"]) == ("MERGED", "OK")
+    assert pair.base.read_bytes() == pair.new
+    assert read_device(uri) == pair.new
+
+    old = service.directory / "old.img"
+    service.snapctl("cow", "extract", snapshot["undo_path"], "--base", str(pair.base), "--out", str(old))
+    assert old.read_bytes() == pair.old
+
+    assert service.json("merge", "watch", "u")["state"] == "MERGED"
+    service.snapctl("confirm", "u", "--yes")
+    assert service.json("update", "show", "u")["snapshots"][0]["undo_path"] is None
+    assert not Path(snapshot["undo_path"]).exists()
+    assert read_device(uri) == pair.new
+
+    service.snapctl("snapshot", "unmap", "u/s")
+    with pytest.raises(SnapdError) as caught:
+        NbdClient.connect(uri)
+    assert caught.value.errno in (errno.ENOENT, errno.ECONNREFUSED)
+    assert pair.base.read_bytes() == pair.new
+    assert not Path(service.state, "snapshots", snapshot["uuid"]).exists()
+
+
+def test_a_confirmed_cow_cannot_be_merged_again_onto_its_base(service: Service, images: MakeImages) -> None:
+    """COW-145: copies would read the new image where they need the old one."""
+    pair = images()
+    create(service, pair)
+    service.snapctl("merge", "start", "u", "--wait")
+    service.snapctl("confirm", "u", "--yes")
+    assert json.loads(service.snapctl("cow", "merge", str(pair.cow), "--base", str(pair.base), "-o", "json"))[
+        "already_merged"
+    ]
+    assert pair.base.read_bytes() == pair.new
+
+
+def test_a_merge_needs_no_device(service: Service, images: MakeImages) -> None:
+    pair = images()
+    create(service, pair)
+    service.snapctl("merge", "start", "u")
+    assert service.json("merge", "watch", "u")["state"] == "MERGED"
+    assert pair.base.read_bytes() == pair.new
+
+
+def test_verbs_may_be_repeated(service: Service, images: MakeImages) -> None:
+    create(service, images())
+    first = service.json("snapshot", "map", "u/s")
+    assert service.json("snapshot", "map", "u/s")["host_pid"] == first["host_pid"]
+    service.snapctl("snapshot", "unmap", "u/s")
+    service.snapctl("snapshot", "unmap", "u/s")
+    service.snapctl("merge", "start", "u", "--wait")
+    assert service.json("merge", "start", "u", "--wait")["state"] == "MERGED"
+
+
+def test_two_snapshots_are_one_update(service: Service, short_dir: Path) -> None:
+
+    pairs: list[Images] = []
+    service.snapctl("update", "create", "u")
+    for name in ("system", "vendor"):
+        (short_dir / name).mkdir()
+        pairs.append(make_images(short_dir / name, seed=len(pairs), blocks=1024))
+        service.snapctl("snapshot", "create", f"u/{name}", "--base", str(pairs[-1].base), "--cow", str(pairs[-1].cow))
+    assert service.json("merge", "start", "u", "--wait")["state"] == "MERGED"
+    service.snapctl("confirm", "u", "--yes")
+    for pair in pairs:
+        assert pair.base.read_bytes() == pair.new
+
+
+def test_errors_name_what_is_wrong_and_change_nothing(service: Service, images: MakeImages) -> None:
+    pair = images()
+    assert "there is no update u" in service.snapctl("update", "show", "u", code=1)
+    assert "1 to 63 of a-z" in service.snapctl("update", "create", "U!", code=1)
+    service.snapctl("update", "create", "u")
+    assert "exists" in service.snapctl("update", "create", "u", code=1)
+    assert "not U/S" in service.snapctl("snapshot", "map", "u", code=1)
+    assert "no snapshot s" in service.snapctl("snapshot", "map", "u/s", code=1)
+    assert "no snapshots to merge" in service.snapctl("merge", "start", "u", code=1)
+    assert "cannot become CONFIRMED" in service.snapctl("confirm", "u", "--yes", code=1)
+    assert "--yes" in service.snapctl("confirm", "u", code=2)
+    assert "Missing option" in service.snapctl("snapshot", "create", "u/s", code=2)
+    missing = service.snapctl("snapshot", "create", "u/s", "--base", "/nowhere", "--cow", str(pair.cow), code=1)
+    assert "/nowhere: No such file" in missing
+    assert "not a COW file" in service.snapctl(
+        "snapshot", "create", "u/s", "--base", str(pair.cow), "--cow", str(pair.base), code=1
+    )
+    damaged = bytearray(pair.cow.read_bytes())
+    damaged[14] ^= 1
+    bad = service.directory / "bad.cow"
+    bad.write_bytes(damaged)
+    assert "V7" in service.snapctl("snapshot", "create", "u/s", "--base", str(pair.base), "--cow", str(bad), code=1)
+    assert service.json("update", "show", "u")["snapshots"] == []
+    assert pair.base.read_bytes() == pair.old
+
+
+def test_no_more_snapshots_once_mapped(service: Service, images: MakeImages) -> None:
+    pair = images()
+    create(service, pair)
+    service.snapctl("snapshot", "map", "u/s")
+    refused = service.snapctl("snapshot", "create", "u/t", "--base", str(pair.base), "--cow", str(pair.cow), code=1)
+    assert "SEALED" in refused
+
+
+def test_files_in_use_are_refused_to_others(service: Service, images: MakeImages) -> None:
+    """UNDO-28: the base and the COW are locked from map, or the start of a merge, until confirm and unmap."""
+    pair = images()
+    create(service, pair)
+    merge = ("cow", "merge", str(pair.cow), "--base", str(pair.base))
+    service.snapctl("snapshot", "map", "u/s")
+    assert "in use" in service.snapctl(*merge, code=1)
+    service.snapctl("merge", "start", "u", "--wait")
+    service.snapctl("snapshot", "unmap", "u/s")
+    assert "in use" in service.snapctl(*merge, code=1)
+    assert "in use" in service.snapctl(
+        "cow", "extract", str(pair.cow), "--base", str(pair.base), "--out", "/tmp/no", code=1
+    )
+    service.snapctl("confirm", "u", "--yes")
+    assert service.snapctl(*merge)
+
+
+def test_one_daemon_a_state_directory(service: Service) -> None:
+    command = [sys.executable, "-m", "snapd.rpc.serve", "serve", "--state-dir", str(service.state)]
+    listen = f"unix:{service.directory}/other.sock"
+    second = subprocess.run([*command, "--listen", listen], capture_output=True, text=True, timeout=60, check=False)
+    assert second.returncode == 1
+    assert "another snapd serves this state directory" in second.stderr
+
+
+def test_sockets_are_private(service: Service, images: MakeImages) -> None:
+    """DMU-188: whoever can connect can answer, or be answered."""
+    create(service, images())
+    uri = service.json("snapshot", "map", "u/s")["nbd_uri"]
+    sockets = [uri.partition("socket=")[2], service.server.removeprefix("unix:")]
+    sockets += [str(Path(sockets[0]).with_name("control.sock"))]
+    for path in sockets:
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600, path
+
+
+def test_health_and_reflection(service: Service) -> None:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    with grpc.insecure_channel(service.server) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "snapd.v1.Updates", "snapd.v1.Snapshots"):
+            reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=20)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        reflection: Any = reflection_pb2_grpc
+        stub = reflection.ServerReflectionStub(channel)
+        (listed,) = stub.ServerReflectionInfo(iter([request]), timeout=20)
+        names = {found.name for found in listed.list_services_response.service}
+    assert {"snapd.v1.Updates", "snapd.v1.Snapshots", "grpc.health.v1.Health"} <= names
+
+
+def test_errors_carry_their_reason(service: Service) -> None:
+    """The errno travels as `ErrorInfo.reason`, so a client sees the error the service raised."""
+    with service.client() as client, pytest.raises(SnapdError, match="there is no update x") as caught:
+        client.get_update("updates/x")
+    assert (caught.value.errno, caught.value.reason) == (errno.ENODEV, "ENODEV")
+
+
+def test_an_unfinished_merge_claims_its_cow_without_any_process(short_dir: Path) -> None:
+    """UNDO-28: base + COW alone would give a wrong image, and no lock is left to say so."""
+    with Service(short_dir) as service:
+        pair = make_images(short_dir, seed=1, blocks=1024)
+        create(service, pair)
+        undo = service.json("merge", "start", "u", "--wait")["snapshots"][0]["undo_path"]
+    cow, base, out = str(pair.cow), str(pair.base), str(short_dir / "out.img")
+    for verb in (
+        ("extract", cow, "--base", base, "--out", out),
+        ("merge", cow, "--base", base),
+        ("create", "--source", base, "--target", base, "--out", cow),
+    ):
+        assert "a service has begun to merge it" in service.snapctl("cow", *verb, code=1)
+    service.snapctl("cow", "extract", undo, "--base", base, "--out", out)
+    assert Path(out).read_bytes() == pair.old
+    with service:
+        service.snapctl("update", "create", "v")
+        assert "in use" in service.snapctl("snapshot", "create", "v/s", "--base", base, "--cow", cow, code=1)
+        service.snapctl("confirm", "u", "--yes")
+        assert not Path(f"{cow}.undo").exists()
+        assert service.snapctl("cow", "merge", cow, "--base", base)
+
+
+def test_a_cow_in_an_offline_merge_is_refused(service: Service, images: MakeImages) -> None:
+    """UNDO-28: the base may hold half of each image."""
+    pair = images()
+    Path(f"{pair.cow}.undo").mkdir()
+    service.snapctl("update", "create", "u")
+    verb = ("snapshot", "create", "u/s", "--base", str(pair.base), "--cow", str(pair.cow))
+    assert "an offline merge of it has begun" in service.snapctl(*verb, code=1)
