@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test long lint stubs clean
+.PHONY: demo test long bench lint stubs clean
 
 demo: .venv/demo-ready
 	@$(BIN)/snapctl demo
@@ -14,6 +14,10 @@ test: .venv/test-ready lint
 long: .venv/test-ready
 	SNAPD_CRASH_SCALE=50 SNAPD_KILL_SEEDS=100 \
 		$(BIN)/pytest -n 2 --dist worksteal --timeout 0 tests/crash tests/e2e/test_service_kills.py
+
+# Figures, in one interleaved run with their spread; needs fio, qemu-nbd and nbdkit.
+bench: .venv/test-ready
+	$(BIN)/python tests/bench/bench_reads.py
 
 lint: .venv/test-ready
 	$(BIN)/ruff check .
