@@ -29,6 +29,7 @@ from snapd.ctl.demo_reader import VerifyingReader
 from snapd.ctl.demo_service import PrivateService
 from snapd.ctl.progress import Progress, progress_bar
 from snapd.ctl.sizes import format_size
+from snapd.merge.engine import SPAN_BYTES
 from snapd.merge.extract_old import extract_old
 
 _NEEDED_BYTES = 2 << 30
@@ -163,7 +164,7 @@ def _merge(client: Client) -> _Killed:
     with progress_bar("merge") as bar:
         for update in client.watch_merge(_UPDATE):
             bar(update.merged_bytes, update.changed_bytes)
-            if killed is None and update.state == updates_pb2.UPDATE_STATE_MERGING and update.merged_bytes:
+            if killed is None and _is_under_way(update):
                 killed = _Killed(update.snapshots[0].device.worker_pid, update.merged_bytes)
                 os.kill(killed.worker_pid, signal.SIGKILL)
     if update.state != updates_pb2.UPDATE_STATE_MERGED:
@@ -173,6 +174,13 @@ def _merge(client: Client) -> _Killed:
     if killed is None:
         raise SnapdError(errno.EIO, "the merge ended before the worker could be killed")
     return killed
+
+
+def _is_under_way(update: updates_pb2.Update) -> bool:
+    """Whether the merge has come somewhere; one that is done in a single span only ever begins and ends."""
+    is_short = update.changed_bytes <= 2 * SPAN_BYTES
+    begun = update.merged_bytes > 0 or (is_short and update.snapshots[0].merger_pid > 0)
+    return update.state == updates_pb2.UPDATE_STATE_MERGING and begun
 
 
 def _wait_for_new_worker(client: Client, old_pid: int) -> snapshots_pb2.Snapshot:
