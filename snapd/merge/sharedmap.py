@@ -19,15 +19,19 @@ File layout (little-endian):
 import errno
 import mmap
 import os
+import re
 import struct
 import uuid
+from collections.abc import Iterator
 
 from snapd.block.errors import SnapdError
+from snapd.block.extent import Extent
 from snapd.cow.blockmap import BlockMap
 
 _MAGIC = b"SNAPDSHM"
 _HEAD = struct.Struct("<8sQQQ16s16x")
 _COUNT_WORD = 2
+_STEP_BYTES = 1 << 20
 
 UNTOUCHED = 0
 """No op: the base is right in both views."""
@@ -36,7 +40,10 @@ MERGED = 1
 PENDING = 2
 """The base cannot be used as it is."""
 _PENDING_BYTE = bytes([PENDING])
+_PENDING_RUN = re.compile(_PENDING_BYTE + b"+")
 _PENDING_IF_OP = bytes([PENDING] * 128 + [UNTOUCHED] * 128)
+_TO_MERGED = bytes([UNTOUCHED, MERGED, MERGED]) + bytes(253)
+_TO_PENDING = bytes([UNTOUCHED, PENDING, PENDING]) + bytes(253)
 
 
 class SharedMap:
@@ -74,13 +81,27 @@ class SharedMap:
         self._words[_COUNT_WORD] = undo_op_count
 
     def mark_merged(self, start: int, blocks: int) -> None:
-        """After step e: these blocks, all of which have an op, hold their new content durably."""
-        first = _HEAD.size + start
-        self._map[first : first + blocks] = bytes([MERGED]) * blocks
+        """After step f: of these blocks, those that have an op hold their new content durably."""
+        self._translate(_HEAD.size + start, _HEAD.size + start + blocks, _TO_MERGED)
+
+    def withdraw(self) -> None:
+        """Before a rollback's first base write, or when a read-back failed: no block with an op is on the base."""
+        self._translate(_HEAD.size, len(self._map), _TO_PENDING)
+
+    def _translate(self, first: int, end: int, to: bytes) -> None:
+        # In steps: a map of a large device must not be copied as a whole.
+        for start in range(first, end, _STEP_BYTES):
+            stop = min(start + _STEP_BYTES, end)
+            self._map[start:stop] = self._map[start:stop].translate(to)
 
     def new_view_on_base(self, start: int, end: int) -> bool:
         """Whether blocks [start, end) of the new view may be read from the base (UNDO-26)."""
         return self._map.find(_PENDING_BYTE, _HEAD.size + start, _HEAD.size + end) < 0
+
+    def pending_extents(self, start: int, end: int) -> Iterator[Extent]:
+        """The runs of blocks in [start, end) that the base does not serve in the new view, ascending."""
+        for run in _PENDING_RUN.finditer(self._map, _HEAD.size + start, _HEAD.size + end):
+            yield Extent(run.start() - _HEAD.size, run.end() - run.start())
 
     def state(self, block: int) -> int:
         """The state byte of one block."""

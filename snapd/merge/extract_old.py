@@ -1,0 +1,89 @@
+"""`snapctl cow extract` of an undo store: the old image, from the base and what a merge saved of it.
+
+Takes no lock, for the merge that fills the store holds them: until confirm the old image can be had at any moment,
+also while a merge or a rollback is running (UNDO-3). The store's header says how many ops must be known before the
+base is believed, and `OldImage` looks at it again after every piece it took from the base (UNDO-25). A store
+that was released meanwhile protects the base no longer, so it must still be there at the end.
+"""
+
+import contextlib
+import errno
+import os
+import time
+
+from snapd.block.errors import SnapdError
+from snapd.block.file import file_store
+from snapd.block.newfile import new_file
+from snapd.cow.diff import Progress
+from snapd.cow.extract import ExtractReport, copy_image
+from snapd.merge.oldview import OldImage
+from snapd.merge.undostore import UndoStore
+from snapd.merge.undotable import SUFFIX
+
+_STABLE_TRIES = 100
+_Path = str | os.PathLike[str]
+
+
+def is_undo_store(path: _Path) -> bool:
+    """Whether `path` has an undo store's side table beside it."""
+    return os.path.lexists(os.fspath(path) + SUFFIX)
+
+
+def extract_old(
+    undo_path: _Path, base_path: _Path, out_path: _Path, size_bytes: int | None, progress: Progress
+) -> ExtractReport:
+    """Write the old image to `out_path`, which is replaced as a whole; its size is `size_bytes`, else O's.
+
+    Errors: EINVAL for a size above O's, a base below it, or an output that is an input; EBADMSG for a damaged
+    store; EAGAIN when the merge was confirmed or undone meanwhile. The old `out_path` stays as it was then.
+    """
+    begin = time.monotonic()
+    path, base_name = os.fspath(undo_path), os.fspath(base_path)
+    with contextlib.ExitStack() as stack:
+        found = _stat(path)
+        undo = stack.enter_context(contextlib.closing(UndoStore.open(path)))
+        base = file_store(_open(base_name, stack), base_name)
+        size = undo.size if size_bytes is None else size_bytes
+        if not 0 <= size <= undo.size:
+            raise SnapdError(errno.EINVAL, f"{size} bytes of an old image of {undo.size}")
+        if base.size() < undo.size:
+            raise SnapdError(errno.EINVAL, f"{base_name}: {base.size()} bytes, the old image had {undo.size}")
+        out = stack.enter_context(new_file(os.fspath(out_path), inputs=[path, path + SUFFIX, base_name]))
+        copy_image(OldImage(base, lambda: _op_count(undo), lambda: undo), size, out, progress)
+        if not _is_still(path, found):
+            raise SnapdError(errno.EAGAIN, f"{path}: the merge was confirmed or undone meanwhile")
+        return ExtractReport(size, time.monotonic() - begin)
+
+
+def _op_count(undo: UndoStore) -> int:
+    """The store's op count; read until it repeats, as a read beside a write may see half of each."""
+    count = undo.stored_op_count()
+    for _ in range(_STABLE_TRIES):
+        again = undo.stored_op_count()
+        if again == count:
+            return count
+        count = again
+    raise SnapdError(errno.EAGAIN, "undo store: its op count does not stand still")
+
+
+def _open(path: str, stack: contextlib.ExitStack) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SnapdError.from_os(error, f"open {path}") from error
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise SnapdError.from_os(error, f"look at {path}") from error
+
+
+def _is_still(path: str, found: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), found)
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,62 @@
+"""T as runs and pieces, compared with the plain definition."""
+
+from array import array
+from itertools import pairwise
+from random import Random
+
+from snapd.block.extent import coalesce
+from snapd.cow.blockmap import BlockMap
+from snapd.cow.format import Compression
+from snapd.merge.targets import Targets
+
+BLOCK = 4096
+
+
+def targets(blocks: set[int], count: int, piece_blocks: int) -> Targets:
+    table = array("i", [0 if b in blocks else -1 for b in range(count)])
+    return Targets(
+        BlockMap(
+            block_size=BLOCK,
+            compression=Compression.NONE,
+            max_unit=BLOCK,
+            ops_digest=0,
+            op_of_block=memoryview(table),
+            ops=b"",
+        ),
+        piece_blocks * BLOCK,
+    )
+
+
+def test_runs_and_pieces_cover_exactly_t() -> None:
+    """Runs are the maximal ones; pieces are bounded, ascending, and begin and end in T."""
+    random = Random(4)
+    for _ in range(100):
+        count = random.randint(1, 200)
+        blocks = {b for b in range(count) if random.random() < random.choice([0.05, 0.5, 0.95])}
+        piece_blocks = random.choice([1, 2, 7, 64])
+        start = random.randrange(count)
+        t = targets(blocks, count, piece_blocks)
+        wanted = sorted(b for b in blocks if b >= start)
+        assert list(t.runs(start)) == list(coalesce(wanted))
+        pieces = list(t.pieces(start))
+        assert all(p.start in blocks and p.end - 1 in blocks and 1 <= p.length <= piece_blocks for p in pieces)
+        assert all(a.end <= b.start for a, b in pairwise(pieces))
+        assert [b for p in pieces for b in range(p.start, p.end) if b in blocks] == wanted
+        assert t.count(start, count) == len(wanted)
+        assert [bool(x) for p in pieces for x in t.mask(p)] == [
+            b in blocks for p in pieces for b in range(p.start, p.end)
+        ]
+
+
+def test_long_gaps_are_not_read_over() -> None:
+    """A piece joins runs over short gaps only: 64 KiB."""
+    pieces = list(targets({0, 16, 34}, 40, 64).pieces(0))
+    assert [(p.start, p.end) for p in pieces] == [(0, 17), (34, 35)]
+
+
+def test_runs_cross_windows() -> None:
+    """A table longer than one look is walked on."""
+    count = (1 << 20) + 10
+    t = targets({0, (1 << 20) - 1, 1 << 20, count - 1}, count, 4)
+    assert [r.start for r in t.runs(0)] == [0, (1 << 20) - 1, 1 << 20, count - 1]
+    assert [(p.start, p.length) for p in t.pieces(1)] == [((1 << 20) - 1, 2), (count - 1, 1)]
