@@ -12,6 +12,7 @@ from snapd.block.newfile import new_file
 from snapd.block.store import Readable, Store
 from snapd.cow.claim import check_unclaimed
 from snapd.cow.diff import Progress
+from snapd.cow.history import holds_new_image
 from snapd.cow.reader import CowFile
 from snapd.cow.view import CowView
 
@@ -45,10 +46,10 @@ def extract_image(
         new_file(os.fspath(out_path), inputs=inputs) as out,
     ):
         cow = CowFile.parse(payloads)
-        # Copies must not be read from a base that a merge has begun to overwrite (UNDO-4).
-        if not cow.is_merged:
-            check_unclaimed(cow_path)
-        block_map = cow.block_map(base.size(), size_bytes)
+        # Copies must be read from the old image, not from a base that a merge has begun to overwrite (UNDO-4).
+        check_unclaimed(cow_path)
+        merged = holds_new_image(cow, cow_path, payloads, base)
+        block_map = cow.block_map(base.size(), size_bytes, merged=merged)
         view = CowView(block_map, payloads, source=base, base=base)
         copy_image(view, view.size, out, progress)
         return ExtractReport(view.size, time.monotonic() - begin)

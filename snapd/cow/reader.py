@@ -21,6 +21,7 @@ from snapd.cow.format import HEADER_SIZE, MAX_UNIT_BLOCKS, OP_SIZE, SOURCE_LIMIT
 _RECORD = np.dtype([("data_length", "<u4"), ("new_block", "<u4"), ("info", "<u8")])
 _Int = npt.NDArray[np.int64]
 _SCRATCH_DONE = 2
+_MAX_INDEX = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class CowFile:
 
     @property
     def is_merged(self) -> bool:
-        """All ops are in the base already (COW-145): the new image is the base itself."""
+        """All ops are in some base already (COW-145); `snapd.cow.history` tells whether they are in a given one."""
         return 0 < self.header.op_count == self.header.num_merge_ops
 
     @property
@@ -96,10 +97,10 @@ class CowFile:
         """Bytes of the new image (COW-213): the base's size, or the end of the last op behind it."""
         return max(base_size, (self.highest_target_block + 1) * self.header.block_size)
 
-    def block_map(self, base_size: int, target_size: int | None = None) -> BlockMap:
-        """The map of this COW over a base of `base_size` bytes.
+    def block_map(self, base_size: int, target_size: int | None = None, *, merged: bool = False) -> BlockMap:
+        """The map of this COW over a base of `base_size` bytes; one without ops if the base is known to be `merged`.
 
-        A merged COW gives a map without ops. Errors: EINVAL for sizes that are no multiple of the block size;
+        Errors: EINVAL for sizes that are no multiple of the block size;
         V30 for a source or target outside the images; UNDO-23 when the part behind the base is not covered by ops;
         EBUSY for a COW that another merge has begun (COW-65).
         """
@@ -119,10 +120,12 @@ class CowFile:
                 statement="UNDO-28",
                 number=errno.EBUSY,
             )
-        if not self.is_merged:
+        if self.header.op_count > _MAX_INDEX:
+            raise CowError(f"{self.header.op_count} ops, at most {_MAX_INDEX} are supported", statement="V21")
+        if not merged:
             self._check_sizes(base_blocks, target_blocks)
         table = np.full(target_blocks, NO_OP, dtype=np.int32)
-        if not self.is_merged:
+        if not merged:
             owner = np.repeat(np.arange(len(self.type), dtype=np.int32), self.blocks)
             first = np.repeat(self.new_block - (np.cumsum(self.blocks) - self.blocks), self.blocks)
             table[first + np.arange(len(owner))] = owner

@@ -4,7 +4,7 @@
 | --- | --- | --- | --- |
 | 1 | the records say CONFIRMED, one transaction for all snapshots of the update | the decision | goes on with 2 |
 | 2 | the state file says CONFIRMED | the same | goes on with 3 |
-| 3 | the COW says that it is merged (COW-145): it can never again be merged onto this base by mistake | the same | 4 |
+| 3 | `<COW>.merged` and the COW itself say that it is merged (COW-145): never again onto this base | the same | 4 |
 | 4 | the claim beside the COW removed | the same | 5 |
 | 5 | undo store, then state file, then directory removed | part of them | removes the rest |
 
@@ -20,13 +20,13 @@ from uuid import UUID
 
 from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
-from snapd.block.store import read_bytes
 from snapd.cow import claim
-from snapd.cow.format import HEADER_SIZE, Header
+from snapd.cow.history import MergeRecord, write_record
+from snapd.cow.reader import CowFile
 from snapd.cow.writer import mark_merged
 from snapd.manager.records import SnapshotRecord
 from snapd.manager.resources import Resources
-from snapd.merge.statefile import Phase, ReadBack, write_state
+from snapd.merge.statefile import Phase, ReadBack, State, write_state
 from snapd.merge.undodir import UndoDirectory
 
 
@@ -41,8 +41,8 @@ def release_undo(record: SnapshotRecord, resources: Resources, directory: Path) 
                     errno.EBUSY, f"{directory}: the merge is {state.phase.name}, read-back {state.read_back.name}"
                 )
             write_state(files.state, replace(state, phase=Phase.CONFIRMED))
-        cow = file_store(resources.cow_fd)
-        mark_merged(cow, Header.unpack(read_bytes(cow, 0, HEADER_SIZE)).op_count)
+        if state is not None:
+            _mark(record.cow_path, resources.cow_fd, state)
         claim.release(record.cow_path, UUID(record.uuid))
         files.remove()
     finally:
@@ -50,3 +50,10 @@ def release_undo(record: SnapshotRecord, resources: Resources, directory: Path) 
     for path in (directory, directory.parent):
         with contextlib.suppress(OSError):
             os.rmdir(path)
+
+
+def _mark(cow_path: str, cow_fd: int, state: State) -> None:
+    store = file_store(cow_fd, cow_path)
+    cow = CowFile.parse(store)
+    write_record(cow_path, MergeRecord(cow.ops_digest, state.old_digest, state.new_digest))
+    mark_merged(store, cow.header.op_count)

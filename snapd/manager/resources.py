@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from snapd.block.errors import SnapdError
-from snapd.block.file import file_store
+from snapd.block.file import BlockDeviceStore, file_store
 from snapd.block.lock import open_locked
 from snapd.cow.blockmap import BlockMap
 from snapd.cow.claim import check_unclaimed
+from snapd.cow.history import holds_new_image
 from snapd.cow.reader import CowFile
 from snapd.manager.paths import DevicePaths, ServicePaths
 from snapd.manager.records import SnapshotRecord
+from snapd.manager.states import SnapshotState
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.undodir import UndoDirectory
 from snapd.merge.views import restore_shared_map
@@ -41,11 +43,19 @@ def inspect(base_path: str, cow_path: str) -> Inspection:
     with contextlib.ExitStack() as stack:
         base_fd, cow_fd = _open_pair(base_path, cow_path, stack)
         check_unclaimed(cow_path)
-        base_size = file_store(base_fd, base_path).size()
-        cow = CowFile.parse(file_store(cow_fd, cow_path))
-        block_map = cow.block_map(base_size)
+        base, payloads = file_store(base_fd, base_path), file_store(cow_fd, cow_path)
+        cow = CowFile.parse(payloads)
+        if holds_new_image(cow, cow_path, payloads, base):
+            raise SnapdError(
+                errno.EBUSY, f"{base_path} is the new image of {cow_path} already", reason="ALREADY_MERGED"
+            )
+        if isinstance(base, BlockDeviceStore) and base.size() < cow.target_size(0):
+            raise SnapdError(
+                errno.ENOSPC, f"{base_path} has {base.size()} bytes, the new image needs {cow.target_size(0)}"
+            )
+        block_map = cow.block_map(base.size())
         changed = sum(extent.length for extent in block_map.changed_extents(0, block_map.block_count))
-        return Inspection(base_size, cow.target_size(base_size), changed * block_map.block_size)
+        return Inspection(base.size(), cow.target_size(base.size()), changed * block_map.block_size)
 
 
 @dataclass(slots=True)
@@ -78,7 +88,9 @@ class Resources:
                     reason="BASE_SIZE_CHANGED",
                 )
             cow = CowFile.parse(file_store(cow_fd, record.cow_path))
-            block_map = cow.block_map(record.old_size_bytes, record.new_size_bytes)
+            # After the confirmation the base alone is the image.
+            merged = record.state is SnapshotState.CONFIRMED
+            block_map = cow.block_map(record.old_size_bytes, record.new_size_bytes, merged=merged)
             block_map_fd = _create(paths.block_map, stack)
             block_map.save(block_map_fd)
             shared_map_fd = _create(paths.shared_map, stack)

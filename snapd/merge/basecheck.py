@@ -12,10 +12,7 @@ import numpy as np
 from snapd.block.bio import SECTOR_BYTES
 from snapd.block.errors import SnapdError
 from snapd.block.store import Store, read_bytes
-from snapd.cow.blockmap import NO_OP, BlockMap
-from snapd.cow.format import OpType
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.blockmap import BlockMap
 from snapd.merge.engine import PIECE_BYTES
 from snapd.merge.statefile import Phase, ReadBack, State
 from snapd.merge.targets import Targets
@@ -65,33 +62,3 @@ def check_begun_base(state: State, block_map: BlockMap, cow: Store, base: Store,
             raise SnapdError(
                 errno.EINVAL, f"base: block {block} has neither its old nor its new content, is this the right base?"
             )
-
-
-def check_merged_base(cow: CowFile, payloads: Store, base: Store) -> None:
-    """EINVAL unless the base has what every replace and zero op of a merged COW says.
-
-    Copies cannot be checked: what they were copied from is gone.
-    """
-    needed_bytes = cow.target_size(0)
-    if base.size() < needed_bytes:
-        raise SnapdError(
-            errno.EINVAL, f"the COW is marked as merged, but this base has only {base.size()} of {needed_bytes} bytes"
-        )
-    unmerged = replace(cow, header=replace(cow.header, num_merge_ops=0))
-    block_map = unmerged.block_map(base.size() - base.size() % cow.header.block_size)
-    table = np.frombuffer(block_map.op_of_block, dtype=np.int32).copy()
-    copies = np.append(cow.type == OpType.COPY, False)
-    table[copies[table]] = NO_OP
-    block_map.op_of_block = table.data
-    view = CowView(block_map, payloads, source=base, base=base)
-    block_size = block_map.block_size
-    for piece in Targets(block_map, PIECE_BYTES).pieces(0):
-        start, length = piece.start * block_size, piece.length * block_size
-        found, wanted = (
-            np.frombuffer(read_bytes(side, start, length), dtype=np.uint64).reshape(piece.length, -1)
-            for side in (base, view)
-        )
-        wrong = (found != wanted).any(axis=1)
-        if wrong.any():
-            block = piece.start + int(wrong.argmax())
-            raise SnapdError(errno.EINVAL, f"the COW is marked as merged, but block {block} of this base differs")

@@ -8,8 +8,9 @@ The undo store lives in `<C>.undo/` beside the COW while it is needed. Both file
 | 2 | make `<C>.undo/`, flush its parent | an empty directory | uses it |
 | 3 | merge and read back (the table in `engine`) | MERGING or MERGED; both images readable | checks A, continues |
 | 4 | state CONFIRMED | the new image, whole and read back | checks A, goes on with 5 |
-| 5 | C's `num_merge_ops` = `op_count`, flushed (COW-145, COW-146) | a COW that says merged | checks A, goes on with 6 |
-| 6 | remove the undo store, then the state, then the directory | maybe an empty directory | removes it |
+| 5 | `<C>.merged` written, by which A is known for the new image (`snapd.cow.history`) | the same | checks A, goes on |
+| 6 | C's `num_merge_ops` = `op_count`, flushed (COW-145, COW-146) | a COW that says merged | checks A, goes on with 7 |
+| 7 | remove the undo store, then the state, then the directory | maybe an empty directory | removes it |
 
 A base is never believed because somebody named it: a call that finds earlier work checks that this is the base it was
 done on, before anything is written.
@@ -31,9 +32,10 @@ from snapd.block.lock import open_locked
 from snapd.block.store import Store
 from snapd.cow.blockmap import BlockMap
 from snapd.cow.claim import check_unclaimed, claim_path
+from snapd.cow.history import MergeRecord, holds_new_image, write_record
 from snapd.cow.reader import CowFile
 from snapd.cow.writer import mark_merged
-from snapd.merge.basecheck import check_begun_base, check_merged_base
+from snapd.merge.basecheck import check_begun_base
 from snapd.merge.engine import Merge
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.statefile import Phase, State
@@ -68,23 +70,42 @@ def merge_offline(cow_path: str, base_path: str, progress: Callable[[int, int], 
             raise SnapdError(errno.EINVAL, f"{base_path}: is the COW itself")
         cow = CowFile.parse(cow_store)
         directory = _undo_path(cow_path)
-        if cow.is_merged or not cow.header.op_count:
-            check_merged_base(cow, cow_store, base)
+        if _is_over(cow, cow_path, cow_store, base, directory):
             _remove_directory(directory)
-            return MergeReport(already_merged=cow.is_merged, seconds=time.monotonic() - started)
+            return MergeReport(already_merged=cow.header.op_count > 0, seconds=time.monotonic() - started)
         if not os.path.lexists(directory):
             cow.block_map(base.size())
             _make_directory(directory)
         with _undo_directory(directory) as files:
-            report = _merge(cow, cow_store, base, files, progress)
+            report = _merge(cow, cow_path, cow_store, base, files, progress)
         _remove_directory(directory)
         return replace(report, seconds=time.monotonic() - started)
 
 
+def _is_over(cow: CowFile, cow_path: str, cow_store: Store, base: Store, directory: str) -> bool:
+    """Whether nothing is left to be done but to remove what is in the way."""
+    state = None
+    if os.path.lexists(directory):
+        with _undo_directory(directory) as files:
+            state = files.read_state()
+        if state is not None and not (state.phase is Phase.CONFIRMED and cow.is_merged):
+            return False
+    if not cow.header.op_count or holds_new_image(cow, cow_path, cow_store, base):
+        return True
+    if state is not None:
+        raise SnapdError(errno.EINVAL, f"{cow_path}: a merge of it has just ended, on another base than this one")
+    return False
+
+
 def _merge(
-    cow: CowFile, cow_store: Store, base: Store, files: UndoDirectory, progress: Callable[[int, int], None]
+    cow: CowFile,
+    cow_path: str,
+    cow_store: Store,
+    base: Store,
+    files: UndoDirectory,
+    progress: Callable[[int, int], None],
 ) -> MergeReport:
-    """Steps 3 to 5."""
+    """Steps 3 to 6."""
     state = files.read_state()
     block_map = _block_map(cow, base, files, state)
     if state is not None:
@@ -109,6 +130,7 @@ def _merge(
             written_bytes = merge.written_bytes
     undo = open_undo(replace(state, phase=Phase.MERGED), block_map, files)
     assert undo is not None
+    write_record(cow_path, MergeRecord(cow.ops_digest, state.old_digest, state.new_digest))
     mark_merged(cow_store, cow.header.op_count)
     grown_bytes = max(0, state.new_size_bytes - state.old_size_bytes)
     return MergeReport(
@@ -184,7 +206,7 @@ def _make_directory(path: str) -> None:
 
 
 def _remove_directory(path: str) -> None:
-    """Step 6; EBUSY while what is in it is needed."""
+    """Step 7; EBUSY while what is in it is needed."""
     if not os.path.lexists(path):
         return
     with _undo_directory(path) as files:

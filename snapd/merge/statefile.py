@@ -4,7 +4,8 @@ One 512-byte sector is written whole or not at all (UNDO-27), so the record is t
 all zeros means that nothing has begun; anything else that does not check out is damage, never "nothing".
 
 Layout (little-endian): magic "SNAPDMST", u32 version, u32 phase, snapshot UUID, then as u64 generation, undo
-generation, next block, undo op count, O's bytes, N's bytes, then u32 read-back; crc32 of bytes 0..507 at 508.
+generation, next block, undo op count, O's bytes, N's bytes, then u32 read-back, then the digests of O's and of N's
+target blocks (16 bytes each); crc32 of bytes 0..507 at 508.
 """
 
 import errno
@@ -18,9 +19,11 @@ from snapd.block.bio import SECTOR_BYTES
 from snapd.block.errors import SnapdError
 from snapd.block.store import Store, read_bytes
 
+DIGEST_SIZE = 16
+
 _MAGIC = b"SNAPDMST"
 _VERSION = 1
-_RECORD = struct.Struct("<8sII16s6QI")
+_RECORD = struct.Struct("<8sII16s6QI16s16s")
 _CRC = struct.Struct("<I")
 _BODY_BYTES = SECTOR_BYTES - _CRC.size
 
@@ -49,7 +52,8 @@ class State:
 
     `generation` changes with every change of direction and binds `next_block` and `read_back` to it (UNDO-12a);
     `undo_generation` is the one in which the undo store was made. Every changed block below `next_block` is done and
-    flushed in the direction of `phase`. At least `undo_op_count` ops of the undo store are durable.
+    flushed in the direction of `phase`. At least `undo_op_count` ops of the undo store are durable. The digests
+    (`snapd.cow.history`) are known once `read_back` is OK.
     """
 
     snapshot: uuid.UUID
@@ -61,6 +65,8 @@ class State:
     old_size_bytes: int
     new_size_bytes: int
     read_back: ReadBack = ReadBack.PENDING
+    old_digest: bytes = bytes(DIGEST_SIZE)
+    new_digest: bytes = bytes(DIGEST_SIZE)
 
     @property
     def needs_undo(self) -> bool:
@@ -81,6 +87,8 @@ class State:
             self.old_size_bytes,
             self.new_size_bytes,
             self.read_back,
+            self.old_digest,
+            self.new_digest,
         ).ljust(_BODY_BYTES, b"\0")
         return body + _CRC.pack(zlib.crc32(body))
 
@@ -88,7 +96,7 @@ class State:
     def unpack(cls, sector: bytes) -> "State":
         """EBADMSG unless the sector is a whole record of this version."""
         body, (crc,) = sector[:_BODY_BYTES], _CRC.unpack_from(sector, _BODY_BYTES)
-        magic, version, phase, snapshot, *numbers, read_back = _RECORD.unpack_from(body)
+        magic, version, phase, snapshot, *numbers, read_back, old_digest, new_digest = _RECORD.unpack_from(body)
         if magic != _MAGIC or crc != zlib.crc32(body):
             raise SnapdError(errno.EBADMSG, "merge state: the record is damaged (UNDO-29)")
         if version != _VERSION:
@@ -104,6 +112,8 @@ class State:
             old_size_bytes=old_size_bytes,
             new_size_bytes=new_size_bytes,
             read_back=ReadBack(read_back),
+            old_digest=old_digest,
+            new_digest=new_digest,
         )
 
 

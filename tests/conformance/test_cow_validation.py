@@ -241,4 +241,4 @@ def test_a_half_merged_file_is_refused_and_a_merged_one_is_its_base() -> None:
         half.block_map(8 * 4096)
     done = CowFile.parse(store(raw_cow(ops, num_merge_ops=2)))
     assert done.is_merged
-    assert set(done.block_map(8 * 4096).op_of_block) == {-1}
+    assert set(done.block_map(8 * 4096, merged=True).op_of_block) == {-1}

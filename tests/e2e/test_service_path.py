@@ -80,6 +80,26 @@ def test_a_confirmed_cow_cannot_be_merged_again_onto_its_base(service: Service, 
         "already_merged"
     ]
     assert pair.base.read_bytes() == pair.new
+    service.snapctl("update", "create", "v")
+    verb = ("snapshot", "create", "v/s", "--base", str(pair.base), "--cow", str(pair.cow))
+    assert "is the new image of" in service.snapctl(*verb, code=1)
+    out = str(service.directory / "out.img")
+    service.snapctl("cow", "extract", str(pair.cow), "--base", str(pair.base), "--out", out)
+    assert Path(out).read_bytes() == pair.new
+
+
+def test_a_confirmed_cow_serves_another_old_base(service: Service, images: MakeImages) -> None:
+    """One COW for many devices: what a merge leaves beside it tells an old base from a new one."""
+    pair = images()
+    create(service, pair)
+    service.snapctl("merge", "start", "u", "--wait")
+    service.snapctl("confirm", "u", "--yes")
+    pair.base.write_bytes(pair.old)
+    service.snapctl("update", "create", "v")
+    service.snapctl("snapshot", "create", "v/s", "--base", str(pair.base), "--cow", str(pair.cow))
+    assert read_device(service.json("snapshot", "map", "v/s")["nbd_uri"]) == pair.new
+    service.snapctl("merge", "start", "v", "--wait")
+    assert pair.base.read_bytes() == pair.new
 
 
 def test_a_merge_needs_no_device(service: Service, images: MakeImages) -> None:

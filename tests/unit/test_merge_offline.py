@@ -64,6 +64,10 @@ class Case:
     def undo(self) -> Path:
         return Path(str(self.cow) + ".undo")
 
+    @property
+    def record(self) -> Path:
+        return Path(str(self.cow) + ".merged")
+
     def merge(self, progress: Callable[[int, int], None] = lambda _done, _total: None) -> MergeReport:
         return merge_offline(str(self.cow), str(self.base), progress)
 
@@ -104,10 +108,36 @@ def test_again_says_already_merged(tmp_path: Path) -> None:
     assert case.files() == before
 
 
-def test_a_merged_cow_on_another_base_is_no_success(tmp_path: Path) -> None:
-    """Never claim success on the wrong base: the first differing block is named; a base too short, too."""
+def test_a_merged_cow_merges_again_into_another_old_base(tmp_path: Path) -> None:
+    """A lab has many bases and one COW: what the first merge left beside it knows an old image when it sees one."""
     case = Case(tmp_path)
     case.merge()
+    case.base.write_bytes(case.old)
+    assert not case.merge().already_merged
+    case.check_done()
+    assert case.merge().already_merged
+
+
+def test_a_base_that_is_neither_image_is_refused(tmp_path: Path) -> None:
+    """Never claim success, and never merge, on a base that was the new image and has changed since."""
+    case = Case(tmp_path)
+    case.merge()
+    changed = bytearray(case.new)
+    changed[5 * BLOCK] ^= 1
+    case.base.write_bytes(changed)
+    before = case.files()
+    with pytest.raises(SnapdError, match="neither the old nor the new image") as caught:
+        case.merge()
+    assert caught.value.errno == errno.EINVAL
+    assert case.files() == before
+
+
+def test_without_the_record_a_merged_cow_is_believed_only_on_its_own_base(tmp_path: Path) -> None:
+    """COW-145: the first differing block is named; a base too short, too."""
+    case = Case(tmp_path)
+    case.merge()
+    case.record.unlink()
+    assert case.merge().already_merged
     case.base.write_bytes(case.old + bytes(2 * BLOCK))
     with pytest.raises(SnapdError, match=r"marked as merged, but block 5 of this base differs") as caught:
         case.merge()
@@ -115,6 +145,19 @@ def test_a_merged_cow_on_another_base_is_no_success(tmp_path: Path) -> None:
     case.base.write_bytes(case.old)
     with pytest.raises(SnapdError, match="this base has only"):
         case.merge()
+
+
+def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
+    """EBADMSG, never "not merged"; the record of another COW's ops says nothing about this one."""
+    case = Case(tmp_path)
+    case.merge()
+    good = case.record.read_bytes()
+    case.record.write_bytes(good[:-3])
+    with pytest.raises(SnapdError, match="not the record of a merge") as caught:
+        case.merge()
+    assert caught.value.errno == errno.EBADMSG
+    case.record.write_bytes(b'{"ops": "1", "old": "", "new": ""}')
+    assert case.merge().already_merged
 
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, target: object, name: str, *, after: bool) -> None:
@@ -130,7 +173,7 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, target: object, name: str, *, after
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("step", ["make", "run", "confirm", "mark", "remove", "rmdir"])
+@pytest.mark.parametrize("step", ["make", "run", "confirm", "record", "mark", "remove", "rmdir"])
 def test_every_step_may_be_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: bool) -> None:
     """The table of the module: stopped before or after each step, the next call finishes."""
     case = Case(tmp_path)
@@ -139,6 +182,7 @@ def test_every_step_may_be_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "make": (offline, "_make_directory"),
             "run": (Merge, "run"),
             "confirm": (Merge, "confirm"),
+            "record": (offline, "write_record"),
             "mark": (offline, "mark_merged"),
             "remove": (UndoDirectory, "remove"),
             "rmdir": (os, "rmdir"),
