@@ -17,6 +17,7 @@ from snapd.device.control import refusal
 from snapd.device.host import Host
 from snapd.proc import control, fence
 from snapd.proc.child import FIRST_FD
+from snapd.proc.control import Message
 from snapd.proc.log import Log
 
 CONTROL_FD, FENCE_FD = FIRST_FD, FIRST_FD + 1
@@ -27,6 +28,7 @@ def main() -> int:
     clock = SystemClock()
     log = Log("ota-snapd device", clock)
     connection = socket.socket(fileno=CONTROL_FD)
+    message: Message = {}
     try:
         received = control.receive(connection)
         if received is None:
@@ -36,9 +38,9 @@ def main() -> int:
             raise SnapdError(errno.EINVAL, f"the first verb is {message.get('verb')!r} instead of 'start'")
         config = DeviceConfig.from_dict(message.get("device"))
         host = Host(config, Descriptors.from_message(fds), connection, clock, log)
-        control.send(connection, {"ok": True, "pid": os.getpid()})
+        control.send(connection, {"ok": True, "pid": os.getpid(), "id": message.get("id")})
     except SnapdError as error:
-        control.send(connection, refusal(error))
+        control.send(connection, {**refusal(error), "id": message.get("id")})
         return 1
     try:
         host.run()

@@ -54,6 +54,7 @@ class ControlPort:
         if self._connection is None:
             return
         fds: Sequence[int] = ()
+        identity: Message = {}
         try:
             received = control.receive(self._connection)
             if received is None:
@@ -62,6 +63,7 @@ class ControlPort:
             message, unwanted = received
             for fd in unwanted:
                 os.close(fd)
+            identity = {"id": message.get("id")}
             fields, fds = self._answer(str(message.get("verb")))
             reply: Message = {"ok": True, **fields}
         except BlockingIOError:
@@ -72,7 +74,7 @@ class ControlPort:
             self._hang_up()
             return
         try:
-            control.send(self._connection, reply, list(fds))
+            control.send(self._connection, {**reply, **identity}, list(fds))
         except OSError:
             self._hang_up()
 

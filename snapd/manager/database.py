@@ -55,10 +55,10 @@ class Database:
         self._connection.close()
 
     def save(self, update: UpdateRecord) -> None:
-        """Make `update` and all its snapshots durable, together."""
+        """Make `update` and all its snapshots durable, together; ENOSPC or EIO with nothing changed."""
         with closing(self._connection.cursor()) as cursor:
-            cursor.execute("BEGIN IMMEDIATE")
             try:
+                cursor.execute("BEGIN IMMEDIATE")
                 cursor.execute(
                     "INSERT INTO updates VALUES (?, ?, ?, ?)"
                     " ON CONFLICT (id) DO UPDATE SET state = excluded.state, failure = excluded.failure",
@@ -71,9 +71,12 @@ class Database:
                     [(update.id, position, *_row(s)) for position, s in enumerate(update.snapshots)],
                 )
                 cursor.execute("COMMIT")
-            except sqlite3.Error:
-                cursor.execute("ROLLBACK")
-                raise
+            except sqlite3.Error as error:
+                # A full disk has rolled back by itself.
+                if self._connection.in_transaction:
+                    cursor.execute("ROLLBACK")
+                number = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+                raise SnapdError(number, f"the record of update {update.id} was not written: {error}") from error
 
     def load(self) -> list[UpdateRecord]:
         """Every update, oldest first."""

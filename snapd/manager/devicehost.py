@@ -22,6 +22,7 @@ from snapd.proc.child import Child
 
 _ADOPT_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 5.0
+_STATUS_TIMEOUT_S = 1.0
 _EVICT_TIMEOUT_MS = 5000
 _HANDED_ON = 8
 
@@ -127,7 +128,7 @@ class DeviceHost:
         if self._control is None:
             return {}
         try:
-            reply, _ = await self._control.call({"verb": "status"})
+            reply, _ = await self._control.call({"verb": "status"}, timeout_s=_STATUS_TIMEOUT_S)
         except SnapdError:
             return {}
         return reply

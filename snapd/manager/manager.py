@@ -41,6 +41,8 @@ from snapd.manager.status import SnapshotStatus, UpdateStatus
 _MAX_UPDATES = 1000
 _MAX_SNAPSHOTS = 64
 _MAX_MERGERS = 2
+_COMMIT_TRIES = 600
+_COMMIT_RETRY_S = 1.0
 _KEEPS_LOCKS = (SnapshotState.MERGING, SnapshotState.MERGED, SnapshotState.FAILED)
 
 _log = logging.getLogger("snapd.manager")
@@ -334,8 +336,19 @@ class Manager:
                 _log.error("merge of %s/%s stopped: %s", update_id, snapshot_id, failure)
                 update = update.with_snapshot(snapshot_id, state=SnapshotState.FAILED, failure=str(failure))
                 update = replace(update, state=UpdateState.FAILED, failure=f"{snapshot_id}: {failure}")
-            await self._commit(update)
+            await self._commit_at_last(update)
             self._start_mergers()
+
+    async def _commit_at_last(self, update: UpdateRecord) -> None:
+        """Write what has happened already; on a full disk wait for room, for as long as somebody may make it."""
+        for _ in range(_COMMIT_TRIES):
+            try:
+                return await self._commit(update)
+            except SnapdError as error:
+                _log.error("%s, trying again", error)
+                await asyncio.sleep(_COMMIT_RETRY_S)
+        _log.error("gave up on the record of %s; the next start finds out again", update.id)
+        return None
 
     async def _clean_up(self, record: SnapshotRecord) -> None:
         """After the decision to confirm: give up the way back; any part of it may be repeated."""

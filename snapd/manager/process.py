@@ -60,6 +60,8 @@ class ControlConnection:
         self._socket = connection
         self._on_event = on_event
         self._lock = asyncio.Lock()
+        # A reply that comes after its call gave up must not be taken for the next one's.
+        self._last_id = 0
         self._reply: asyncio.Future[tuple[Message, list[int]]] | None = None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(connection.fileno(), self._on_readable)
@@ -72,15 +74,18 @@ class ControlConnection:
         if self._reply is not None and not self._reply.done():
             self._reply.set_exception(SnapdError(errno.ENOTCONN, "the process has hung up"))
 
-    async def call(self, message: Message, fds: list[int] | None = None) -> tuple[Message, list[int]]:
+    async def call(
+        self, message: Message, fds: list[int] | None = None, *, timeout_s: float = _REPLY_TIMEOUT_S
+    ) -> tuple[Message, list[int]]:
         """Send a verb and return its reply with the descriptors; the peer's errors are raised as `SnapdError`."""
         async with self._lock:
             if self._socket.fileno() < 0:
                 raise SnapdError(errno.ENOTCONN, "the process has hung up")
             self._reply = self._loop.create_future()
+            self._last_id += 1
             try:
-                control.send(self._socket, message, fds or [])
-                reply, received = await asyncio.wait_for(self._reply, _REPLY_TIMEOUT_S)
+                control.send(self._socket, {**message, "id": self._last_id}, fds or [])
+                reply, received = await asyncio.wait_for(self._reply, timeout_s)
             except TimeoutError as error:
                 raise SnapdError(errno.ETIMEDOUT, f"no answer to {message.get('verb')}") from error
             except OSError as error:
@@ -114,7 +119,7 @@ class ControlConnection:
             return False
         if "event" in received[0]:
             self._on_event(received[0])
-        elif self._reply is not None and not self._reply.done():
+        elif self._reply is not None and not self._reply.done() and received[0].get("id") == self._last_id:
             self._reply.set_result(received)
         else:
             for fd in received[1]:

@@ -12,11 +12,13 @@ import os
 import time
 
 from snapd.block.errors import SnapdError
-from snapd.block.file import file_store
+from snapd.block.file import FileStore, file_store
 from snapd.block.newfile import new_file
 from snapd.cow.diff import Progress
 from snapd.cow.extract import ExtractReport, copy_image
 from snapd.merge.oldview import OldImage
+from snapd.merge.statefile import read_state
+from snapd.merge.undodir import STATE_NAME
 from snapd.merge.undostore import UndoStore
 from snapd.merge.undotable import SUFFIX
 
@@ -41,7 +43,12 @@ def extract_old(
     path, base_name = os.fspath(undo_path), os.fspath(base_path)
     with contextlib.ExitStack() as stack:
         found = _stat(path)
+        durable_ops = _durable_ops(path)
         undo = stack.enter_context(contextlib.closing(UndoStore.open(path)))
+        if undo.stored_op_count() < durable_ops:
+            raise SnapdError(
+                errno.EBADMSG, f"{path}: {undo.stored_op_count()} ops, {durable_ops} were durable (UNDO-12a)"
+            )
         base = file_store(_open(base_name, stack), base_name)
         size = undo.size if size_bytes is None else size_bytes
         if not 0 <= size <= undo.size:
@@ -53,6 +60,22 @@ def extract_old(
         if not _is_still(path, found):
             raise SnapdError(errno.EAGAIN, f"{path}: the merge was confirmed or undone meanwhile")
         return ExtractReport(size, time.monotonic() - begin)
+
+
+def _durable_ops(path: str) -> int:
+    """How many ops the state file beside the store vouches for; 0 where the store lies alone.
+
+    Read before the store's header, which is always ahead of it.
+    """
+    try:
+        fd = os.open(os.path.join(os.path.dirname(path), STATE_NAME), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        state = read_state(FileStore(fd, STATE_NAME))
+    finally:
+        os.close(fd)
+    return state.undo_op_count if state is not None and state.needs_undo else 0
 
 
 def _op_count(undo: UndoStore) -> int:

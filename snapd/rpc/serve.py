@@ -25,6 +25,7 @@ _SERVICES = (
     snapshots_pb2.DESCRIPTOR.services_by_name["Snapshots"].full_name,
 )
 _STOP_GRACE_S = 2.0
+_MAX_RPCS = 200
 
 _log = logging.getLogger("snapd")
 
@@ -37,7 +38,7 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     manager = await Manager.open(str(settings.state_dir))
     try:
-        server = grpc.aio.server()
+        server = grpc.aio.server(maximum_concurrent_rpcs=_MAX_RPCS)
         updates_pb2_grpc.add_UpdatesServicer_to_server(UpdatesService(manager), server)
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(manager), server)
         checks = health.aio.HealthServicer()

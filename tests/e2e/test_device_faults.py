@@ -180,10 +180,11 @@ def test_newest_control_connection_wins(device: Device) -> None:
 def test_bad_verbs_change_nothing(device: Device) -> None:
     device.start()
     assert device.connection is not None
-    assert device.call({"verb": "explode"})[0] == {
+    assert device.call({"verb": "explode", "id": 7})[0] == {
         "ok": False,
         "errno": errno.EINVAL,
         "message": "unknown verb 'explode'",
+        "id": 7,
     }
     device.connection.send(b"{not json")
     received = control.receive(device.connection)

@@ -54,7 +54,7 @@ def test_a_failed_save_leaves_the_former_records(tmp_path: Path) -> None:
     database = Database(str(tmp_path / "state.db"))
     good = update("a", snapshot("s", "1"))
     database.save(good)
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(SnapdError, match="record of update a was not written"):
         database.save(replace(good, state=UpdateState.MERGED, snapshots=(snapshot("s", "1"), snapshot("t", "1"))))
     assert database.load() == [good]
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -17,6 +18,7 @@ from snapd.cow.create import create_cow
 from snapd.cow.format import BLOCK_SIZE
 from snapd.cow.reader import CowFile
 from snapd.merge.extract_old import extract_old, is_undo_store
+from snapd.merge.statefile import Phase, State
 from snapd.merge.undostore import UndoStore
 from snapd.merge.undotable import SUFFIX, UndoIdentity
 from snapd.merge.undowriter import UndoWriter
@@ -68,6 +70,30 @@ def extract(folder: Path, size: int | None = None) -> bytes:
     """The old image by way of a file."""
     extract_old(folder / "undo.cow", folder / "base", folder / "out", size, quiet)
     return (folder / "out").read_bytes()
+
+
+def test_a_store_with_fewer_ops_than_were_durable_is_damage(tmp_path: Path) -> None:
+    """UNDO-12a: an undo store put back from an older copy lacks blocks that were overwritten since."""
+    merging = Merging(tmp_path)
+    merging.go_on(100)
+    state = State(
+        snapshot=uuid.UUID(int=1),
+        generation=1,
+        undo_generation=1,
+        phase=Phase.MERGING,
+        next_block=100,
+        undo_op_count=merging.undo.op_count,
+        old_size_bytes=len(OLD),
+        new_size_bytes=len(NEW),
+    )
+    state_path = tmp_path / "state"
+    state_path.write_bytes(state.pack())
+    assert extract(tmp_path) == OLD
+    state_path.write_bytes(replace(state, undo_op_count=merging.undo.op_count + 1).pack())
+    with pytest.raises(SnapdError, match="were durable") as caught:
+        extract(tmp_path)
+    assert caught.value.errno == errno.EBADMSG
+    merging.close()
 
 
 def test_old_image_at_every_stage(tmp_path: Path) -> None:
