@@ -8,6 +8,7 @@ import errno
 import struct
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 from snapd.cow.errors import CowError
 
@@ -40,6 +41,11 @@ class OpType(IntEnum):
     REPLACE = 2
     ZERO = 3
     XOR = 6
+
+
+# Looked up once a block read: calling the enum costs several times as much.
+_OP_TYPES = {int(kind): kind for kind in OpType}
+_SOURCE_MASK = SOURCE_LIMIT - 1
 
 
 class Compression(IntEnum):
@@ -146,8 +152,7 @@ class Header:
         return header
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """One op record (section 3.3): `blocks` target blocks from `new_block`.
 
     `source` is a source block (copy), the payload's byte offset in the COW (replace) or 0 (zero);
@@ -181,4 +186,4 @@ class Op:
     def unpack(cls, raw: bytes | bytearray | memoryview, offset: int) -> "Op":
         """The record at `offset` of `raw`, which `reader` has checked before."""
         data_length, new_block, info = OP.unpack_from(raw, offset)
-        return cls(OpType(info >> 60), new_block, 1 << (info >> 57 & 7), info & (SOURCE_LIMIT - 1), data_length)
+        return cls(_OP_TYPES[info >> 60], new_block, 1 << (info >> 57 & 7), info & _SOURCE_MASK, data_length)
