@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from snapd.client.nbd import NbdClient
 from snapd.client.service import Client
 from snapd.cow.compress import CompressOption
 from snapd.cow.create import create_cow
@@ -55,6 +56,14 @@ def make_images(directory: Path, seed: int, blocks: int, new_blocks: int | None 
     create_cow(base, target, cow, CompressOption.parse("zstd"), 64 << 10, lambda _done, _total: None)
     target.unlink()
     return images
+
+
+def read_device(uri: str) -> bytes:
+    """The whole content of a mapped device."""
+    with NbdClient.connect(uri) as device:
+        content = bytearray(device.size_bytes)
+        device.read_into(content, 0)
+    return bytes(content)
 
 
 class Service(PrivateService):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from random import Random
 
 import pytest
-from conftest import BLOCK, Images, Service
+from conftest import BLOCK, Images, Service, read_device
 
 from snapd.api.v1 import snapshots_pb2, updates_pb2
 from snapd.block.errors import SnapdError
@@ -171,10 +171,7 @@ def test_everything_dies_at_once(service: Service, images: MakeImages, seed: int
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         service.start()
-        with NbdClient.connect(uri) as device:
-            content = bytearray(device.size_bytes)
-            device.read_into(content, 0)
-        assert content == pair.new
+        assert read_device(uri) == pair.new
         check_the_end(service, client, pair)
 
 
@@ -218,10 +215,7 @@ def test_a_hung_process_of_a_dead_daemon_is_replaced(service: Service, images: M
                 os.kill(pid, signal.SIGSTOP)
         service.kill()
         service.start()
-        with NbdClient.connect(uri) as device:
-            content = bytearray(device.size_bytes)
-            device.read_into(content, 0)
-        assert content == pair.new
+        assert read_device(uri) == pair.new
         check_the_end(service, client, pair)
 
 
@@ -266,10 +260,7 @@ def test_a_device_that_failed_is_started_anew_by_map(service: Service, images: M
             device.read_into(bytearray(len(pair.new)), 0)
         assert caught.value.errno == errno.EIO
         client.map_snapshot(SNAPSHOT)
-        with NbdClient.connect(uri) as device:
-            content = bytearray(device.size_bytes)
-            device.read_into(content, 0)
-        assert content == pair.new
+        assert read_device(uri) == pair.new
 
 
 def wait_until(condition: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,19 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Images, Service, make_images
+from conftest import Images, Service, make_images, read_device
 
 from snapd.block.errors import SnapdError
 from snapd.client.nbd import NbdClient
 
 MakeImages = Callable[..., Images]
-
-
-def read_device(uri: str) -> bytes:
-    with NbdClient.connect(uri) as device:
-        content = bytearray(device.size_bytes)
-        device.read_into(content, 0)
-    return bytes(content)
 
 
 def create(service: Service, pair: Images) -> None:
@@ -258,3 +252,35 @@ def test_a_cow_in_an_offline_merge_is_refused(service: Service, images: MakeImag
     service.snapctl("update", "create", "u")
     verb = ("snapshot", "create", "u/s", "--base", str(pair.base), "--cow", str(pair.cow))
     assert "an offline merge of it has begun" in service.snapctl(*verb, code=1)
+
+
+def test_a_block_device_as_base(service: Service, images: MakeImages) -> None:
+    """UNDO-23: a device is merged like a file, and one that the new image does not fit on is refused at once."""
+    pair = images()
+    loop = attach_loop(pair.base)
+    try:
+        service.snapctl("update", "create", "u")
+        service.snapctl("snapshot", "create", "u/s", "--base", loop, "--cow", str(pair.cow))
+        assert read_device(service.json("snapshot", "map", "u/s")["nbd_uri"]) == pair.new
+        service.snapctl("merge", "start", "u", "--wait")
+        service.snapctl("confirm", "u", "--yes")
+        service.snapctl("snapshot", "unmap", "u/s")
+        assert Path(loop).read_bytes() == pair.new
+        longer = service.directory / "longer"
+        longer.mkdir()
+        other = make_images(longer, seed=2, blocks=1024, new_blocks=4096)
+        service.snapctl("update", "create", "v")
+        verb = ("snapshot", "create", "v/s", "--base", loop, "--cow", str(other.cow))
+        assert f"{loop} has {len(pair.new)} bytes, the new image needs" in service.snapctl(*verb, code=1)
+    finally:
+        subprocess.run(["losetup", "-d", loop], check=True)
+
+
+def attach_loop(path: Path) -> str:
+    """A loop device over a file; skips where there is none to be had."""
+    if os.geteuid() or not shutil.which("losetup"):
+        pytest.skip("loop devices need root and losetup")
+    result = subprocess.run(["losetup", "-f", "--show", str(path)], capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip(f"no loop device: {result.stderr.strip()}")
+    return result.stdout.strip()
