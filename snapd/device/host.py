@@ -129,6 +129,7 @@ class Host:
             try:
                 fds = (theirs.fileno(), given.cow, given.base, given.block_map, given.shared_map, given.undo_directory)
                 child = Child.spawn("snapd.worker", [], [*fds, fence_fd])
+                fence.record(fence_fd, child.pid)
             finally:
                 # No copy is kept: the lock must end with the worker.
                 os.close(fence_fd)

@@ -167,6 +167,7 @@ class DeviceHost:
         fence_fd = os.open(self._paths.host_fence, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             child = Child.spawn("snapd.device", [], [theirs.fileno(), fence_fd])
+            fence.record(fence_fd, child.pid)
         finally:
             theirs.close()
             os.close(fence_fd)

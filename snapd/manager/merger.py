@@ -15,7 +15,7 @@ from snapd.manager.devicehost import evict
 from snapd.manager.paths import DevicePaths
 from snapd.manager.process import ControlConnection, DeathCount, Watch
 from snapd.manager.resources import Resources
-from snapd.proc import control
+from snapd.proc import control, fence
 from snapd.proc.child import Child
 from snapd.proc.control import Message
 
@@ -103,6 +103,7 @@ class MergerProcess:
         ]
         try:
             child = Child.spawn("snapd.merge", ["--snapshot", self._uuid], fds)
+            fence.record(fence_fd, child.pid)
         except SnapdError:
             ours.close()
             raise

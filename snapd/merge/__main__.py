@@ -108,6 +108,9 @@ def main() -> int:
     parser.add_argument("--snapshot", type=uuid.UUID, required=True)
     arguments = parser.parse_args()
     reporter = Reporter(socket.socket(fileno=CONTROL_FD), SystemClock())
+    # Whoever started us may have been replaced while we waited for the fence, and with it the order to merge.
+    if reporter.should_stop():
+        return 0
     try:
         reporter.last_word(merge(arguments.snapshot, reporter))
     except SnapdError as error:

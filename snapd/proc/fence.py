@@ -3,7 +3,8 @@
 Otherwise the late write of a process believed dead lands on a newer, acknowledged one (DMU-185). The fence is a lock
 file. Whoever starts a process opens the file anew, hands it over and keeps no copy, so that the lock lives exactly
 as long as the holder; whoever is started calls `hold` before it touches anything. A holder that does not
-leave by itself is evicted by its recorded identity, which is checked against pid reuse.
+leave by itself is evicted by its recorded identity, which is checked against pid reuse. Whoever starts a process
+records it too, for the one that was stopped before it came to `hold`.
 """
 
 import contextlib
@@ -13,24 +14,30 @@ import os
 import select
 import signal
 
+_IDENTITY_BYTES = 128
+
 
 def reopen(fd: int) -> int:
     """A new open file description of a lock file, to be handed to a new holder."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
 
+def record(fd: int, pid: int) -> None:
+    """Name a process that was just started with this fence; its predecessor has been evicted or seen to exit."""
+    identity = json.dumps({"pid": pid, "start_time": _start_time(pid)}).encode()
+    os.pwrite(fd, identity.ljust(_IDENTITY_BYTES), 0)
+
+
 def hold(fd: int) -> None:
     """Wait until the predecessor is gone, then hold the fence until this process ends."""
     fcntl.flock(fd, fcntl.LOCK_EX)
-    identity = json.dumps({"pid": os.getpid(), "start_time": _start_time(os.getpid())}).encode()
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, identity, 0)
+    record(fd, os.getpid())
 
 
 def evict(fd: int, timeout_ms: int = 0) -> bool:
     """SIGKILL the holder, if there is one, and wait for its exit; False when it still lives after `timeout_ms`."""
     try:
-        identity = json.loads(os.pread(fd, 256, 0))
+        identity = json.loads(os.pread(fd, _IDENTITY_BYTES, 0))
         pidfd = os.pidfd_open(identity["pid"])
     except (ValueError, KeyError, TypeError, OSError):
         # Nobody ever held it, or the holder is long gone.

@@ -1,6 +1,8 @@
 """What the service tests share: a pair of images with their COW, and a private daemon."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -101,9 +103,22 @@ def short_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def service(short_dir: Path) -> Iterator[Service]:
-    """A daemon that serves."""
+    """A daemon that serves; at the end, none of the processes that it started is left."""
     with Service(short_dir) as running:
         yield running
+    assert processes_of(short_dir) == []
+
+
+def processes_of(directory: Path) -> list[int]:
+    """The processes that hold a file below the directory open."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                links = [os.readlink(fd) for fd in (entry / "fd").iterdir()]
+                if any(link.startswith(f"{directory}/") for link in links):
+                    found.append(int(entry.name))
+    return found
 
 
 @pytest.fixture
