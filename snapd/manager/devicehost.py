@@ -87,7 +87,7 @@ class DeviceHost:
             return None
         link = ControlConnection(connection, lambda _: None)
         try:
-            reply, fds = await link.call({"verb": "adopt"})
+            reply, fds = await link.call({"verb": "adopt"}, timeout_s=_ADOPT_TIMEOUT_S)
         except SnapdError:
             link.close()
             return None

@@ -52,13 +52,13 @@ def stop_everywhere(world: World, action: str) -> None:
 
 def test_a_merge_stopped_at_every_operation() -> None:
     """UNDO-19: every stop of a merge, by kill and by power cut, leaves both views exact and either way open."""
-    for seed in seeds(30):
+    for seed in seeds(90):
         stop_everywhere(World(seed), "merge")
 
 
 def test_a_rollback_stopped_at_every_operation() -> None:
     """UNDO-14, UNDO-19: the same for a rollback, from a merged and from a half-merged base."""
-    for seed in seeds(30):
+    for seed in seeds(90):
         world = World(seed)
         if seed % 2:
             world.attempt("merge")
@@ -154,13 +154,13 @@ def history(seed: int) -> World:
 
 def test_random_histories_of_merges_rollbacks_and_stops() -> None:
     """UNDO-19, UNDO-20: any mixture of runs in both directions and stops of both kinds converges."""
-    for seed in seeds(4000):
+    for seed in seeds(12000):
         history(seed)
 
 
 def test_confirm_stopped_at_every_operation() -> None:
     """UNDO-8, UNDO-10: a confirm that was stopped is either not made, and can be made, or made for good."""
-    for seed in seeds(10):
+    for seed in seeds(30):
         world = World(seed)
         assert world.attempt("merge")
         for stop_after in range(operations(world, "confirm")):
@@ -177,7 +177,7 @@ def test_confirm_stopped_at_every_operation() -> None:
 
 def test_a_merge_again_and_a_confirm_after_stops() -> None:
     """UNDO-20: merge, stop, rollback, stop, merge again, confirm."""
-    for seed in seeds(150):
+    for seed in seeds(450):
         world = World(seed)
         for action in ("merge", "rollback"):
             if world.phase is None and action == "rollback":
