@@ -24,7 +24,7 @@ def images() -> Images:
 @pytest.fixture
 def device(images: Images) -> Iterator[Device]:
     with Device(images) as device:
-        assert device.start() == {"ok": True, "pid": device.host.pid if device.host else 0}
+        assert device.start() == {"ok": True, "pid": device.host.pid if device.host else 0, "id": None}
         yield device
 
 
