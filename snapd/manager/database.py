@@ -11,6 +11,7 @@ from contextlib import closing
 
 from snapd.block.errors import SnapdError
 from snapd.manager.records import SnapshotRecord, UpdateRecord
+from snapd.manager.reserve import Reserve
 from snapd.manager.states import ReadBack, SnapshotState, UpdateState
 
 _VERSION = 1
@@ -33,9 +34,13 @@ _SNAPSHOT_COLUMNS = (
 
 
 class Database:
-    """The file at `path`; created when absent. Calls block: the manager makes them on one thread of their own."""
+    """The file at `path`; created when absent. `reserve` is given up for a record that has no room.
 
-    def __init__(self, path: str) -> None:
+    Calls block: the manager makes them on one thread of their own.
+    """
+
+    def __init__(self, path: str, reserve: Reserve) -> None:
+        self._reserve = reserve
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         execute = self._connection.execute
         execute("PRAGMA journal_mode=WAL")
@@ -56,6 +61,17 @@ class Database:
 
     def save(self, update: UpdateRecord) -> None:
         """Make `update` and all its snapshots durable, together; ENOSPC or EIO with nothing changed."""
+        try:
+            self._write(update)
+        except SnapdError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self._reserve.release()
+            self._write(update)
+        else:
+            self._reserve.restore()
+
+    def _write(self, update: UpdateRecord) -> None:
         with closing(self._connection.cursor()) as cursor:
             try:
                 cursor.execute("BEGIN IMMEDIATE")

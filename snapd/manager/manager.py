@@ -18,6 +18,7 @@ import errno
 import fcntl
 import logging
 import os
+import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -33,6 +34,7 @@ from snapd.manager.devicehost import DeviceHost, evict, evict_hosts
 from snapd.manager.merger import MergerProcess
 from snapd.manager.paths import ServicePaths
 from snapd.manager.records import SnapshotRecord, UpdateRecord, check_id
+from snapd.manager.reserve import Reserve
 from snapd.manager.resources import Resources, inspect
 from snapd.manager.runtime import Runtime
 from snapd.manager.states import ReadBack, SnapshotState, UpdateState, check_transition
@@ -41,8 +43,8 @@ from snapd.manager.status import SnapshotStatus, UpdateStatus
 _MAX_UPDATES = 1000
 _MAX_SNAPSHOTS = 64
 _MAX_MERGERS = 2
-_COMMIT_TRIES = 600
-_COMMIT_RETRY_S = 1.0
+_COMMIT_TRIES = 60
+_COMMIT_PAUSE_S = 60
 _KEEPS_LOCKS = (SnapshotState.MERGING, SnapshotState.MERGED, SnapshotState.FAILED)
 
 _log = logging.getLogger("snapd.manager")
@@ -76,7 +78,12 @@ class Manager:
             os.close(lock_fd)
             raise SnapdError(errno.EBUSY, f"{paths.state}: another snapd serves this state directory") from None
         thread = ThreadPoolExecutor(1, "database")
-        database = await asyncio.get_running_loop().run_in_executor(thread, Database, paths.database)
+        try:
+            database = await asyncio.get_running_loop().run_in_executor(
+                thread, lambda: Database(paths.database, Reserve(paths.reserve))
+            )
+        except sqlite3.Error as error:
+            raise SnapdError(errno.EIO, f"open {paths.database}: {error}") from error
         manager = cls(paths, lock_fd, database, thread)
         for update in await manager._in_database(database.load):
             manager._updates[update.id] = update
@@ -340,13 +347,13 @@ class Manager:
             self._start_mergers()
 
     async def _commit_at_last(self, update: UpdateRecord) -> None:
-        """Write what has happened already; on a full disk wait for room, for as long as somebody may make it."""
-        for _ in range(_COMMIT_TRIES):
+        """Write what has happened already; when that fails, wait ever longer for somebody to mend it."""
+        for attempt in range(_COMMIT_TRIES):
             try:
                 return await self._commit(update)
             except SnapdError as error:
                 _log.error("%s, trying again", error)
-                await asyncio.sleep(_COMMIT_RETRY_S)
+                await asyncio.sleep(min(2**attempt, _COMMIT_PAUSE_S))
         _log.error("gave up on the record of %s; the next start finds out again", update.id)
         return None
 

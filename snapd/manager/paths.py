@@ -2,6 +2,7 @@
 
     STATE/lock                          held by the one daemon that serves this directory
     STATE/state.db                      the records (SQLite)
+    STATE/reserve                       room for them when the file system is full
     STATE/snapshots/UUID/undo/          undo.cow, undo.cow.digests, state: the way back, and the truth about a merge
     RUN/devices/D/                      control.sock, nbd.sock; host.fence, worker.fence, merger.fence;
                                         block.map, shared.map: all of it can be made again
@@ -48,6 +49,7 @@ class ServicePaths:
         _private_directory(self.state)
         self.lock = str(self.state / "lock")
         self.database = str(self.state / "state.db")
+        self.reserve = str(self.state / "reserve")
         self.run = _run_directory(self.state)
         _private_directory(self.run)
 

@@ -284,3 +284,32 @@ def attach_loop(path: Path) -> str:
     if result.returncode:
         pytest.skip(f"no loop device: {result.stderr.strip()}")
     return result.stdout.strip()
+
+
+def test_a_full_disk_stops_the_merge_and_room_resumes_it(short_dir: Path) -> None:
+    """UNDO-17 as far as it goes: the undo store fills the disk; the state says so, both views stay exact."""
+    state = short_dir / "state"
+    state.mkdir(mode=0o700)
+    pair = make_images(short_dir, seed=3, blocks=4096)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "snapd-test", str(state)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system needs root and mount")
+    try:
+        with Service(short_dir) as service:
+            create(service, pair)
+            uri = service.json("snapshot", "map", "u/s")["nbd_uri"]
+            assert "No space left on device" in service.snapctl("merge", "start", "u", "--wait", code=1)
+            failed = service.json("update", "show", "u")
+            assert failed["state"] == "FAILED"
+            assert read_device(uri) == pair.new
+            old = str(short_dir / "old.img")
+            undo = failed["snapshots"][0]["undo_path"]
+            service.snapctl("cow", "extract", undo, "--base", str(pair.base), "--out", old)
+            assert Path(old).read_bytes() == pair.old
+            subprocess.run(["mount", "-o", "remount,size=64m", str(state)], check=True)
+            assert service.json("merge", "start", "u", "--wait")["state"] == "MERGED"
+            assert pair.base.read_bytes() == pair.new
+            service.snapctl("confirm", "u", "--yes")
+            assert (state / "reserve").stat().st_size == 1 << 20
+    finally:
+        subprocess.run(["umount", str(state)], check=True)

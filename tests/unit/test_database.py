@@ -9,6 +9,7 @@ import pytest
 from snapd.block.errors import SnapdError
 from snapd.manager.database import Database
 from snapd.manager.records import SnapshotRecord, UpdateRecord
+from snapd.manager.reserve import Reserve
 from snapd.manager.states import ReadBack, SnapshotState, UpdateState
 
 
@@ -32,18 +33,21 @@ def update(update_id: str, *snapshots: SnapshotRecord) -> UpdateRecord:
     return UpdateRecord(update_id, UpdateState.MERGING, 17, "why", snapshots)
 
 
+def open_database(directory: Path) -> Database:
+    return Database(str(directory / "state.db"), Reserve(str(directory / "reserve")))
+
+
 def test_everything_comes_back(tmp_path: Path) -> None:
-    path = str(tmp_path / "state.db")
     first, second = update("a", snapshot("s", "1"), snapshot("r", "2")), update("b")
-    database = Database(path)
+    database = open_database(tmp_path)
     database.save(first)
     database.save(second)
     database.close()
-    assert Database(path).load() == [first, second]
+    assert open_database(tmp_path).load() == [first, second]
 
 
 def test_saving_again_replaces_the_update_and_its_snapshots(tmp_path: Path) -> None:
-    database = Database(str(tmp_path / "state.db"))
+    database = open_database(tmp_path)
     database.save(update("a", snapshot("s", "1"), snapshot("r", "2")))
     later = replace(update("a", snapshot("r", "2")), state=UpdateState.MERGED)
     database.save(later)
@@ -51,7 +55,7 @@ def test_saving_again_replaces_the_update_and_its_snapshots(tmp_path: Path) -> N
 
 
 def test_a_failed_save_leaves_the_former_records(tmp_path: Path) -> None:
-    database = Database(str(tmp_path / "state.db"))
+    database = open_database(tmp_path)
     good = update("a", snapshot("s", "1"))
     database.save(good)
     with pytest.raises(SnapdError, match="record of update a was not written"):
@@ -61,7 +65,7 @@ def test_a_failed_save_leaves_the_former_records(tmp_path: Path) -> None:
 
 def test_writes_are_durable_before_they_are_acknowledged(tmp_path: Path) -> None:
     """UNDO-8: write-ahead log and a flush at every commit."""
-    database = Database(str(tmp_path / "state.db"))
+    database = open_database(tmp_path)
     connection = database._connection
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
@@ -69,9 +73,9 @@ def test_writes_are_durable_before_they_are_acknowledged(tmp_path: Path) -> None
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "state.db")
-    Database(path).close()
+    open_database(tmp_path).close()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
     with pytest.raises(SnapdError, match="schema version 99"):
-        Database(path)
+        open_database(tmp_path)
