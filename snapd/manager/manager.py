@@ -301,10 +301,12 @@ class Manager:
     def _release(self, record: SnapshotRecord) -> None:
         """Give up the locks, unless a device, a merge or an undo store still needs them."""
         runtime = self._runtimes[record.uuid]
-        if runtime.resources is not None and runtime.device is None and record.state not in _KEEPS_LOCKS:
+        if runtime.device is not None or record.state in _KEEPS_LOCKS:
+            return
+        if runtime.resources is not None:
             runtime.resources.close()
             runtime.resources = None
-            self._paths.device(record.uuid).remove()
+        self._paths.device(record.uuid).remove()
 
     def _start_mergers(self) -> None:
         """Start what is waiting to be merged, a bounded number at a time."""
