@@ -6,6 +6,7 @@ A failure names its seed: `SNAPD_CRASH_SEED=n pytest tests/crash` replays it; `S
 from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
+import pytest
 from merge_world import World, seeds
 
 from snapd.merge.statefile import Phase
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from _typeshed import SupportsLenAndGetItem
 
 T = TypeVar("T")
+PARTS = 6
+"""The random histories are cut into so many tests, so that two cores share them."""
 
 
 def operations(world: World, action: str) -> int:
@@ -152,9 +155,10 @@ def history(seed: int) -> World:
     return world
 
 
-def test_random_histories_of_merges_rollbacks_and_stops() -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_histories_of_merges_rollbacks_and_stops(part: int) -> None:
     """UNDO-19, UNDO-20: any mixture of runs in both directions and stops of both kinds converges."""
-    for seed in seeds(12000):
+    for seed in seeds(12000)[part::PARTS]:
         history(seed)
 
 
