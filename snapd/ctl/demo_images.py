@@ -22,7 +22,7 @@ MIN_IMAGE_BYTES = 16 << 20
 
 # Half full: room for the journal, the inode tables and what the new release adds.
 _CONTENT_SHARE = 0.55
-_ADDED_SHARE = 0.03
+_ADDED_EVERY = 30
 _MAX_FILE_BYTES = 4 << 20
 _RELEASE_TIME = 1_700_000_000
 _UUID = "5eed0001-0d1e-4a11-8000-0a7a5a9d0001"
@@ -69,9 +69,10 @@ def build_images(directory: Path, size_bytes: int = IMAGE_BYTES) -> tuple[Path, 
 
 
 def _build(scratch: Path, directory: Path, size_bytes: int, tools: Sequence[str]) -> tuple[Path, Path, ImageSummary]:
-    library = _library_files()
-    old = list(_take(library, int(size_bytes * _CONTENT_SHARE)))
-    added = list(_take(library, int(size_bytes * _ADDED_SHARE)))
+    library = list(_take(_library_files(), int(size_bytes * _CONTENT_SHARE)))
+    # Whatever the machine has, the old release lacks some of it.
+    added = library[_ADDED_EVERY - 1 :: _ADDED_EVERY]
+    old = [file for index, file in enumerate(library, 1) if index % _ADDED_EVERY]
     new, kinds = _next_release(old, added)
     images = []
     for name, release, files in (("old", 1, old), ("new", 2, new)):

@@ -29,7 +29,7 @@ from snapd.ctl.demo_reader import VerifyingReader
 from snapd.ctl.demo_service import PrivateService
 from snapd.ctl.progress import Progress, progress_bar
 from snapd.ctl.sizes import format_size
-from snapd.merge.engine import SPAN_BYTES
+from snapd.merge.engine import MIN_SPAN_BYTES
 from snapd.merge.extract_old import extract_old
 
 _NEEDED_BYTES = 2 << 30
@@ -178,7 +178,7 @@ def _merge(client: Client) -> _Killed:
 
 def _is_under_way(update: updates_pb2.Update) -> bool:
     """Whether the merge has come somewhere; one that is done in a single span only ever begins and ends."""
-    is_short = update.changed_bytes <= 2 * SPAN_BYTES
+    is_short = update.changed_bytes <= 2 * MIN_SPAN_BYTES
     begun = update.merged_bytes > 0 or (is_short and update.snapshots[0].merger_pid > 0)
     return update.state == updates_pb2.UPDATE_STATE_MERGING and begun
 

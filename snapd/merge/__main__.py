@@ -3,7 +3,7 @@
 Descriptors: 3 control connection, 4 COW, 5 base, 6 block map, 7 shared map, 8 undo directory, 9 fence lock.
 
 Events on the control connection, one JSON object a packet: `progress` (done_bytes, total_bytes, phase "merge" or
-"read_back"; at most a few a second, left out when the peer does not drain), then one of `merged` (MERGED and read
+"read_back"; at most ten a second, left out when the peer does not drain), then one of `merged` (MERGED and read
 back, durable), `stopped` (on `{"verb": "stop"}` or when the connection closed, at the end of a span) or `failed`
 (errno, message). A merge never waits for its peer, and may be killed at any moment: the next process continues.
 Exit status: 1 after `failed`, else 0.
@@ -30,7 +30,7 @@ from snapd.proc import control, fence
 
 CONTROL_FD, COW_FD, BASE_FD, BLOCK_MAP_FD, SHARED_MAP_FD, UNDO_DIRECTORY_FD, FENCE_FD = range(3, 10)
 NICENESS = 10
-_PROGRESS_INTERVAL_MS = 250
+_PROGRESS_INTERVAL_MS = 100
 _LAST_WORD_TIMEOUT_S = 5.0
 
 

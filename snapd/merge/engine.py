@@ -1,6 +1,6 @@
 """The reversible merge: overwrite the base with N, and be able to turn round at any instant (UNDO-1 to UNDO-6).
 
-Work goes in ascending order of target block, in *spans* of up to 64 MiB that are streamed in pieces of at most 4 MiB.
+Work goes in ascending order of target block, in *spans* of 8 to 64 MiB that are streamed in pieces of at most 4 MiB.
 A span (UNDO-12), for a merge:
 
 | step | action | what is durable after it | a crash before the next step leaves | the next start |
@@ -45,7 +45,9 @@ from snapd.merge.undowriter import UndoWriter
 from snapd.merge.views import check_undo, publish_state
 from snapd.merge.work import Hooks, Work
 
-SPAN_BYTES = 64 << 20
+MIN_SPAN_BYTES = 8 << 20
+MAX_SPAN_BYTES = 64 << 20
+_SPANS_AT_LEAST = 8
 PIECE_BYTES = 4 << 20
 _NO_HOOKS = Hooks()
 
@@ -71,7 +73,7 @@ class Merge:
         files: UndoFiles,
         shared: SharedMap,
         hooks: Hooks = _NO_HOOKS,
-        span_bytes: int = SPAN_BYTES,
+        span_bytes: int | None = None,
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self._snapshot = snapshot
@@ -87,7 +89,7 @@ class Merge:
             state_store=files.state,
             shared=shared,
             hooks=hooks,
-            span_bytes=span_bytes,
+            span_bytes=span_bytes or _span_bytes(block_map),
             piece_bytes=piece_bytes,
         )
 
@@ -225,3 +227,9 @@ class Merge:
         block_size = self._map.block_size
         self._base.zero(state.new_size_bytes - block_size, block_size)
         self._base.flush()
+
+
+def _span_bytes(block_map: BlockMap) -> int:
+    """As long as a flush is worth, but so that also a small merge has some progress to show and to resume from."""
+    blocks = int(np.count_nonzero(np.frombuffer(block_map.op_of_block, dtype=np.int32) >= 0))
+    return min(max(blocks * block_map.block_size // _SPANS_AT_LEAST, MIN_SPAN_BYTES), MAX_SPAN_BYTES)
