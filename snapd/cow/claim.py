@@ -34,6 +34,8 @@ def check_unclaimed(cow_path: _Path, snapshot: UUID | None = None) -> None:
             )
         with open(path, "rb") as file:
             owner = json.load(file)
+        if not isinstance(owner, dict):
+            raise ValueError("not an object")
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
@@ -50,9 +52,9 @@ def claim(cow_path: _Path, snapshot: UUID, undo_directory: _Path) -> None:
     """Durably say that `snapshot` merges the COW; EBUSY when somebody else does, else the system's errors."""
     check_unclaimed(cow_path, snapshot)
     path = claim_path(cow_path)
-    if stat.S_ISBLK(os.stat(cow_path).st_mode):
-        return
     try:
+        if stat.S_ISBLK(os.stat(cow_path).st_mode):
+            return
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"snapshot": str(snapshot), "undo": os.fspath(undo_directory)}, file)
             file.flush()
