@@ -101,9 +101,10 @@ def _run_directory(state: Path) -> Path:
 def _private_directory(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
+        status = path.lstat()
     except OSError as error:
         raise SnapdError.from_os(error, f"create {path}") from error
     # A directory that somebody else may write to would let him answer our reads (DMU-188).
-    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+    owned = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not owned or stat.S_IMODE(status.st_mode) & 0o022:
         raise SnapdError(errno.EPERM, f"{path}: must belong to us and be writable by nobody else")

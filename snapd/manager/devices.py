@@ -1,0 +1,85 @@
+"""The devices of mapped snapshots, and the descriptors that devices and mergers share.
+
+Invariant: base and COW of a snapshot are open, and so locked, as long as it has a device, and from the start of its
+merge until it is confirmed (UNDO-28).
+"""
+
+import asyncio
+import logging
+
+from snapd.block.errors import SnapdError
+from snapd.manager.devicehost import DeviceHost, evict, evict_hosts
+from snapd.manager.records import SnapshotRecord
+from snapd.manager.registry import Registry
+from snapd.manager.resources import Resources
+from snapd.manager.states import SnapshotState
+
+_NEEDS_LOCKS = (SnapshotState.MERGING, SnapshotState.MERGED, SnapshotState.FAILED)
+
+_log = logging.getLogger("snapd.manager")
+
+
+class Devices:
+    """Starts, adopts and stops device hosts; callers hold the update's lock."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def open(self, record: SnapshotRecord) -> Resources:
+        """The snapshot's descriptors, opened and locked unless they are."""
+        runtime = self._registry.runtime(record)
+        if runtime.resources is None:
+            runtime.resources = await asyncio.to_thread(Resources.open, record, self._registry.paths)
+        return runtime.resources
+
+    def release(self, record: SnapshotRecord) -> None:
+        """Give up the locks, unless a device, a merge or an undo store still needs them."""
+        runtime = self._registry.runtime(record)
+        if runtime.device is not None or record.state in _NEEDS_LOCKS:
+            return
+        if runtime.resources is not None:
+            runtime.resources.close()
+            runtime.resources = None
+        self._registry.paths.device(record.uuid).remove()
+
+    async def start(self, update_id: str, record: SnapshotRecord) -> None:
+        """Have a device that serves; one that has failed is replaced."""
+        runtime = self._registry.runtime(record)
+        if runtime.device is not None:
+            if not await runtime.device.has_failed():
+                return
+            await runtime.device.stop()
+            runtime.device = None
+        resources = await self.open(record)
+        paths = self._registry.paths.device(record.uuid)
+        try:
+            runtime.device = await DeviceHost.start(record, paths, resources, lambda: self._registry.notify(update_id))
+        except SnapdError:
+            self.release(record)
+            raise
+
+    async def stop(self, record: SnapshotRecord) -> None:
+        """Have no device."""
+        runtime = self._registry.runtime(record)
+        if runtime.device is not None:
+            await runtime.device.stop()
+            runtime.device = None
+        self.release(record)
+
+    async def recover(self, update_id: str, record: SnapshotRecord) -> None:
+        """After a restart: what a former daemon left running is adopted or gone, and what must be open is open."""
+        runtime = self._registry.runtime(record)
+        paths = self._registry.paths.device(record.uuid)
+        await asyncio.to_thread(evict, paths.merger_fence)
+        adopted = await DeviceHost.adopt(record, paths, lambda: self._registry.notify(update_id))
+        if adopted is not None:
+            runtime.device, runtime.resources = adopted
+            _log.info("adopted the device of %s/%s", update_id, record.id)
+        else:
+            await asyncio.to_thread(evict_hosts, paths)
+        if record.state in _NEEDS_LOCKS:
+            await self.open(record)
+        if record.mapped:
+            await self.start(update_id, record)
+        else:
+            await self.stop(record)
