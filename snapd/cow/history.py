@@ -25,6 +25,7 @@ from snapd.cow.blockmap import BlockMap
 from snapd.cow.format import OpType
 from snapd.cow.reader import CowFile
 from snapd.cow.view import CowView
+from snapd.cow.writer import mark_merged
 
 SUFFIX = ".merged"
 _PIECE_BYTES = 1 << 20
@@ -38,6 +39,12 @@ class MergeRecord:
     ops_digest: int
     old_digest: bytes
     new_digest: bytes
+
+
+def record_merge(cow: CowFile, cow_path: _Path, payloads: Store, old_digest: bytes, new_digest: bytes) -> None:
+    """Durably say that the COW was merged: first in the record beside it, then in its own header (COW-145)."""
+    write_record(cow_path, MergeRecord(cow.ops_digest, old_digest, new_digest))
+    mark_merged(payloads, cow.header.op_count)
 
 
 def write_record(cow_path: _Path, record: MergeRecord) -> None:

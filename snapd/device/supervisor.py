@@ -5,7 +5,6 @@ A successor is started only when its predecessor's exit has been seen and its la
 deaths within a minute are a crash loop: no further worker is started, and the target fails everything at once.
 """
 
-from collections import deque
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Protocol
@@ -15,10 +14,9 @@ from snapd.block.errors import SnapdError
 from snapd.device.loop import READABLE, WRITABLE, Loop
 from snapd.dmuser.channel import SocketChannel
 from snapd.dmuser.target import Target
+from snapd.proc.deaths import CRASH_LOOP_DEATHS, CRASH_LOOP_MS, DeathCount
 from snapd.proc.log import Log
 
-CRASH_LOOP_DEATHS = 5
-CRASH_LOOP_MS = 60_000
 START_RETRY_MS = 1000
 """Pause after a start that failed in this process, for want of memory or descriptors."""
 STOP_TIMEOUT_MS = 5000
@@ -65,7 +63,7 @@ class Supervisor:
         self._process: Process | None = None
         self._channel: SocketChannel | None = None
         self._channel_interest = READABLE
-        self._deaths_ms: deque[int] = deque(maxlen=CRASH_LOOP_DEATHS)
+        self._deaths = DeathCount()
         self._retry_ms: int | None = None
 
     @property
@@ -163,9 +161,7 @@ class Supervisor:
             self.start()
 
     def _count_death(self) -> None:
-        now = self._clock.now_ms()
-        self._deaths_ms.append(now)
-        if len(self._deaths_ms) == CRASH_LOOP_DEATHS and now - self._deaths_ms[0] < CRASH_LOOP_MS:
+        if self._deaths.is_crash_loop(self._clock.now_ms()):
             self.state = WorkerState.CRASH_LOOP
             self._log.line(
                 f"{CRASH_LOOP_DEATHS} deaths of the worker within {CRASH_LOOP_MS} ms: reads fail from now on"

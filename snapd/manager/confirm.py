@@ -21,12 +21,11 @@ from uuid import UUID
 from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
 from snapd.cow import claim
-from snapd.cow.history import MergeRecord, write_record
+from snapd.cow.history import record_merge
 from snapd.cow.reader import CowFile
-from snapd.cow.writer import mark_merged
 from snapd.manager.records import SnapshotRecord
 from snapd.manager.resources import Resources
-from snapd.merge.statefile import Phase, ReadBack, State, write_state
+from snapd.merge.statefile import Phase, ReadBack, write_state
 from snapd.merge.undodir import UndoDirectory
 
 
@@ -42,7 +41,8 @@ def release_undo(record: SnapshotRecord, resources: Resources, directory: Path) 
                 )
             write_state(files.state, replace(state, phase=Phase.CONFIRMED))
         if state is not None:
-            _mark(record.cow_path, resources.cow_fd, state)
+            cow = file_store(resources.cow_fd, record.cow_path)
+            record_merge(CowFile.parse(cow), record.cow_path, cow, state.old_digest, state.new_digest)
         claim.release(record.cow_path, UUID(record.uuid))
         files.remove()
     finally:
@@ -50,10 +50,3 @@ def release_undo(record: SnapshotRecord, resources: Resources, directory: Path) 
     for path in (directory, directory.parent):
         with contextlib.suppress(OSError):
             os.rmdir(path)
-
-
-def _mark(cow_path: str, cow_fd: int, state: State) -> None:
-    store = file_store(cow_fd, cow_path)
-    cow = CowFile.parse(store)
-    write_record(cow_path, MergeRecord(cow.ops_digest, state.old_digest, state.new_digest))
-    mark_merged(store, cow.header.op_count)

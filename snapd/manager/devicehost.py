@@ -12,13 +12,15 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from snapd.block.clock import SystemClock
 from snapd.block.errors import SnapdError
 from snapd.manager.paths import DevicePaths, device_id
-from snapd.manager.process import ControlConnection, DeathCount, Watch
+from snapd.manager.process import ControlConnection, Watch
 from snapd.manager.records import SnapshotRecord
 from snapd.manager.resources import Listeners, Resources
 from snapd.proc import control, fence
 from snapd.proc.child import Child
+from snapd.proc.deaths import DeathCount
 
 _ADOPT_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 5.0
@@ -52,6 +54,7 @@ class DeviceHost:
         self._listeners = listeners
         self._worker_fence_fd = worker_fence_fd
         self._on_change = on_change
+        self._clock = SystemClock()
         self._deaths = DeathCount()
         self._watch: Watch | None = None
         self._control: ControlConnection | None = None
@@ -193,12 +196,11 @@ class DeviceHost:
         self._supervisor = asyncio.get_running_loop().create_task(self._keep_alive())
 
     async def _keep_alive(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             assert self._watch is not None
             await self._watch.exited()
             self._forget_process()
-            if self._deaths.is_crash_loop(loop.time()):
+            if self._deaths.is_crash_loop(self._clock.now_ms()):
                 self.state = "FAILED"
                 # Nobody will answer: better refused at connect than a client that waits for ever.
                 self._listeners.close(self._paths)

@@ -10,14 +10,16 @@ import errno
 import os
 from collections.abc import Awaitable, Callable
 
+from snapd.block.clock import SystemClock
 from snapd.block.errors import SnapdError
 from snapd.manager.devicehost import evict
 from snapd.manager.paths import DevicePaths
-from snapd.manager.process import ControlConnection, DeathCount, Watch
+from snapd.manager.process import ControlConnection, Watch
 from snapd.manager.resources import Resources
 from snapd.proc import control, fence
 from snapd.proc.child import Child
 from snapd.proc.control import Message
+from snapd.proc.deaths import DeathCount
 
 _STOP_TIMEOUT_S = 10.0
 
@@ -42,6 +44,7 @@ class MergerProcess:
         self._resources = resources
         self._on_progress = on_progress
         self._on_end = on_end
+        self._clock = SystemClock()
         self._deaths = DeathCount()
         self._watch: Watch | None = None
         self._control: ControlConnection | None = None
@@ -82,7 +85,7 @@ class MergerProcess:
             self._forget_process()
             if self._merged or self._failure is not None:
                 break
-            if self._deaths.is_crash_loop(asyncio.get_running_loop().time()):
+            if self._deaths.is_crash_loop(self._clock.now_ms()):
                 self._failure = SnapdError(errno.EIO, f"the merger died {self._deaths.total} times")
                 break
         await self._on_end(self._failure)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from snapd.block.errors import SnapdError
 
-_SOCKET_PATH_MAX = 107
+SOCKET_PATH_MAX = 107
+"""Bytes that the kernel takes for the path of a unix socket."""
 _LONGEST_SOCKET = "/devices/0123456789ab/control.sock"
 
 
@@ -91,7 +92,7 @@ def _runtime_directory() -> str:
 
 def _run_directory(state: Path) -> Path:
     run = state / "run"
-    if len(os.fsencode(run)) + len(_LONGEST_SOCKET) <= _SOCKET_PATH_MAX:
+    if len(os.fsencode(run)) + len(_LONGEST_SOCKET) <= SOCKET_PATH_MAX:
         return run
     runtime = Path(_runtime_directory())
     _private_directory(runtime)

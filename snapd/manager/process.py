@@ -125,19 +125,3 @@ class ControlConnection:
             for fd in received[1]:
                 os.close(fd)
         return True
-
-
-class DeathCount:
-    """Tells a crash loop from bad luck: more than `limit` deaths within `window_s`."""
-
-    def __init__(self, limit: int = 5, window_s: float = 60.0) -> None:
-        self.total = 0
-        self._limit = limit
-        self._window_s = window_s
-        self._recent: list[float] = []
-
-    def is_crash_loop(self, now_s: float) -> bool:
-        """Count a death; True when this was one too many."""
-        self.total += 1
-        self._recent = [t for t in self._recent if now_s - t < self._window_s] + [now_s]
-        return len(self._recent) >= self._limit

@@ -32,9 +32,8 @@ from snapd.block.lock import open_locked
 from snapd.block.store import Store
 from snapd.cow.blockmap import BlockMap
 from snapd.cow.claim import check_unclaimed, claim_path
-from snapd.cow.history import MergeRecord, holds_new_image, write_record
+from snapd.cow.history import holds_new_image, record_merge
 from snapd.cow.reader import CowFile
-from snapd.cow.writer import mark_merged
 from snapd.merge.basecheck import check_begun_base
 from snapd.merge.engine import Merge
 from snapd.merge.sharedmap import SharedMap
@@ -130,8 +129,7 @@ def _merge(
             written_bytes = merge.written_bytes
     undo = open_undo(replace(state, phase=Phase.MERGED), block_map, files)
     assert undo is not None
-    write_record(cow_path, MergeRecord(cow.ops_digest, state.old_digest, state.new_digest))
-    mark_merged(cow_store, cow.header.op_count)
+    record_merge(cow, cow_path, cow_store, state.old_digest, state.new_digest)
     grown_bytes = max(0, state.new_size_bytes - state.old_size_bytes)
     return MergeReport(
         already_merged=False,

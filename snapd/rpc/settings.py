@@ -8,9 +8,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from snapd.block.errors import SnapdError
-from snapd.manager.paths import default_socket, default_state_directory
-
-_SOCKET_PATH_MAX = 107
+from snapd.manager.paths import SOCKET_PATH_MAX, default_socket, default_state_directory
 
 
 class Settings(BaseSettings):
@@ -27,8 +25,8 @@ class Settings(BaseSettings):
         kind, _, path = value.partition(":")
         if kind != "unix" or not path:
             raise ValueError(f"{value!r} is not unix:PATH")
-        if len(os.fsencode(path)) > _SOCKET_PATH_MAX:
-            raise ValueError(f"{value!r} is longer than a socket path may be ({_SOCKET_PATH_MAX} bytes)")
+        if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+            raise ValueError(f"{value!r} is longer than a socket path may be ({SOCKET_PATH_MAX} bytes)")
         return value
 
     @property

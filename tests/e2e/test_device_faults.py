@@ -15,9 +15,9 @@ from devicerig import BLOCK, SIZE, Device, Images
 
 from snapd.block.errors import SnapdError
 from snapd.client.nbd import NbdClient
-from snapd.device.supervisor import CRASH_LOOP_DEATHS
 from snapd.proc import control
 from snapd.proc.child import Child
+from snapd.proc.deaths import CRASH_LOOP_DEATHS
 
 
 @pytest.fixture(scope="module")

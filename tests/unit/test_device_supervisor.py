@@ -11,10 +11,11 @@ from snapd.block.bio import Bio, BioOp
 from snapd.block.clock import ManualClock
 from snapd.block.errors import SnapdError
 from snapd.device.loop import Loop
-from snapd.device.supervisor import CRASH_LOOP_DEATHS, CRASH_LOOP_MS, START_RETRY_MS, Process, Supervisor, WorkerState
+from snapd.device.supervisor import START_RETRY_MS, Process, Supervisor, WorkerState
 from snapd.dmuser.channel import SocketChannel
 from snapd.dmuser.message import Answer, pack_answer
 from snapd.dmuser.target import Target
+from snapd.proc.deaths import CRASH_LOOP_DEATHS, CRASH_LOOP_MS
 from snapd.proc.log import Log
 
 GRACE_MS = 10_000

@@ -8,9 +8,9 @@ import pytest
 
 from snapd.block.errors import SnapdError
 from snapd.manager.paths import ServicePaths
-from snapd.manager.process import DeathCount
 from snapd.manager.records import check_id
 from snapd.manager.states import UpdateState, check_transition
+from snapd.proc.deaths import DeathCount
 from snapd.rpc.errors import code_of
 from snapd.rpc.names import parse_snapshot, parse_update
 from snapd.rpc.settings import Settings
@@ -88,10 +88,12 @@ def test_a_directory_that_others_may_write_to_is_refused(tmp_path: Path) -> None
 
 def test_a_crash_loop_is_five_deaths_within_a_minute() -> None:
     deaths = DeathCount()
-    assert [deaths.is_crash_loop(t) for t in (0, 1, 2, 3)] == [False] * 4
-    assert deaths.is_crash_loop(4)
+    assert [deaths.is_crash_loop(ms) for ms in (0, 1000, 2000, 3000)] == [False] * 4
+    assert deaths.is_crash_loop(59_999)
+    assert deaths.total == 5
+    assert not deaths.is_crash_loop(61_000)
     slow = DeathCount()
-    assert not any(slow.is_crash_loop(t) for t in range(0, 200, 20))
+    assert not any(slow.is_crash_loop(ms) for ms in range(0, 300_000, 15_000))
 
 
 @pytest.mark.parametrize(

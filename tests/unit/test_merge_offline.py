@@ -13,6 +13,7 @@ from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore
 from snapd.block.lock import open_locked
 from snapd.block.store import read_bytes
+from snapd.cow import history
 from snapd.cow.claim import claim
 from snapd.cow.compress import CompressOption, Encoder
 from snapd.cow.format import PROGRESS, PROGRESS_OFFSET
@@ -182,8 +183,8 @@ def test_every_step_may_be_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "make": (offline, "_make_directory"),
             "run": (Merge, "run"),
             "confirm": (Merge, "confirm"),
-            "record": (offline, "write_record"),
-            "mark": (offline, "mark_merged"),
+            "record": (history, "write_record"),
+            "mark": (history, "mark_merged"),
             "remove": (UndoDirectory, "remove"),
             "rmdir": (os, "rmdir"),
         }[step]
