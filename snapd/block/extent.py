@@ -1,6 +1,5 @@
 """Extents: runs of consecutive blocks."""
 
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -14,17 +13,3 @@ class Extent(NamedTuple):
     def end(self) -> int:
         """The first block behind the extent."""
         return self.start + self.length
-
-
-def coalesce(blocks: Iterable[int]) -> Iterator[Extent]:
-    """The maximal runs of an ascending sequence of block numbers."""
-    start = end = -1
-    for block in blocks:
-        if block == end:
-            end += 1
-            continue
-        if start >= 0:
-            yield Extent(start, end - start)
-        start, end = block, block + 1
-    if start >= 0:
-        yield Extent(start, end - start)

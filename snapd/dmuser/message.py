@@ -83,8 +83,3 @@ class Request(NamedTuple):
         return self.op == BioOp.FLUSH or (
             self.op == BioOp.WRITE and not self.length and bool(self.flags & Flag.PREFLUSH)
         )
-
-
-def pack_answer(seq: int, code: int) -> bytes:
-    """An answer header; the fields nobody looks at are zero (DMU-8)."""
-    return HEADER.pack(seq, code, 0, 0, 0)

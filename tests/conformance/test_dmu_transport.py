@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from answers import pack_answer
 from dmurig import EIO, OK, PREFLUSH, Rig, Submitted
 
 from snapd.block.bio import MAX_BIO_BYTES, SECTOR_BYTES, BioOp
@@ -16,7 +17,7 @@ from snapd.block.errors import SnapdError
 from snapd.block.store import WritableBuffer
 from snapd.dmuser.channel import SocketChannel
 from snapd.dmuser.client import ChannelClient
-from snapd.dmuser.message import HEADER_BYTES, Answer, Request, pack_answer
+from snapd.dmuser.message import HEADER_BYTES, Answer, Request
 from snapd.dmuser.target import QUEUE_MESSAGES
 from snapd.proc.log import Log
 from snapd.worker.serve import ReadService

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from answers import pack_answer
 
 from snapd.block.bio import Bio, BioOp
 from snapd.block.clock import ManualClock
@@ -13,7 +14,7 @@ from snapd.block.errors import SnapdError
 from snapd.device.loop import Loop
 from snapd.device.supervisor import START_RETRY_MS, Process, Supervisor, WorkerState
 from snapd.dmuser.channel import SocketChannel
-from snapd.dmuser.message import Answer, pack_answer
+from snapd.dmuser.message import Answer
 from snapd.dmuser.target import Target
 from snapd.proc.deaths import CRASH_LOOP_DEATHS, CRASH_LOOP_MS
 from snapd.proc.log import Log

@@ -1,15 +1,30 @@
 """T as runs and pieces, compared with the plain definition."""
 
 from array import array
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from random import Random
 
-from snapd.block.extent import coalesce
+from snapd.block.extent import Extent
 from snapd.cow.blockmap import BlockMap
 from snapd.cow.format import Compression
 from snapd.merge.targets import Targets
 
 BLOCK = 4096
+
+
+def coalesce(blocks: Iterable[int]) -> Iterator[Extent]:
+    """The maximal runs of an ascending sequence of block numbers."""
+    start = end = -1
+    for block in blocks:
+        if block == end:
+            end += 1
+            continue
+        if start >= 0:
+            yield Extent(start, end - start)
+        start, end = block, block + 1
+    if start >= 0:
+        yield Extent(start, end - start)
 
 
 def targets(blocks: set[int], count: int, piece_blocks: int) -> Targets:
