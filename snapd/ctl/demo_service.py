@@ -10,8 +10,9 @@ from typing import Self
 
 from snapd.block.errors import SnapdError
 from snapd.client.service import Client
-from snapd.manager.devicehost import evict, evict_hosts
+from snapd.manager.devicehost import evict_hosts
 from snapd.manager.paths import DevicePaths, ServicePaths
+from snapd.manager.process import evict
 
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 20.0

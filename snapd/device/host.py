@@ -125,14 +125,8 @@ class Host:
         try:
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BUFFER_BYTES)
-            fence_fd = fence.reopen(given.worker_fence)
-            try:
-                fds = (theirs.fileno(), given.cow, given.base, given.block_map, given.shared_map, given.undo_directory)
-                child = Child.spawn("snapd.worker", [], [*fds, fence_fd])
-                fence.record(fence_fd, child.pid)
-            finally:
-                # No copy is kept: the lock must end with the worker.
-                os.close(fence_fd)
+            fds = (theirs.fileno(), given.cow, given.base, given.block_map, given.shared_map, given.undo_directory)
+            child = Child.spawn_fenced("snapd.worker", [], fds, fence.path_of(given.worker_fence))
         except OSError as error:
             ours.close()
             raise SnapdError.from_os(error, "start a worker") from error

@@ -6,7 +6,6 @@ another daemon started); it is handed the very same descriptors, so the same NBD
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 from collections.abc import Callable
@@ -14,19 +13,17 @@ from typing import Any
 
 from snapd.block.clock import SystemClock
 from snapd.block.errors import SnapdError
+from snapd.device.config import Descriptors, DeviceConfig
 from snapd.manager.paths import DevicePaths, device_id
-from snapd.manager.process import ControlConnection, Watch
+from snapd.manager.process import ControlConnection, Process, Watch, evict
 from snapd.manager.records import SnapshotRecord
 from snapd.manager.resources import Listeners, Resources
-from snapd.proc import control, fence
-from snapd.proc.child import Child
+from snapd.proc import control
 from snapd.proc.deaths import DeathCount
 
 _ADOPT_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 5.0
 _STATUS_TIMEOUT_S = 1.0
-_EVICT_TIMEOUT_MS = 5000
-_HANDED_ON = 8
 
 
 class DeviceHost:
@@ -44,11 +41,7 @@ class DeviceHost:
         worker_fence_fd: int,
         on_change: Callable[[], None],
     ) -> None:
-        self._config = {
-            "device": device_id(record.uuid),
-            "snapshot": record.uuid,
-            "size_bytes": record.new_size_bytes,
-        }
+        self._config = DeviceConfig(device_id(record.uuid), record.uuid, record.new_size_bytes)
         self._paths = paths
         self._resources = resources
         self._listeners = listeners
@@ -56,8 +49,7 @@ class DeviceHost:
         self._on_change = on_change
         self._clock = SystemClock()
         self._deaths = DeathCount()
-        self._watch: Watch | None = None
-        self._control: ControlConnection | None = None
+        self._process: Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self.state = "RESTARTING"
 
@@ -72,8 +64,8 @@ class DeviceHost:
         try:
             await host._spawn()
         except SnapdError:
-            if host._watch is not None:
-                host._watch.kill()
+            if host._process is not None:
+                host._process.kill()
             await host.stop()
             raise
         host._supervise()
@@ -94,19 +86,20 @@ class DeviceHost:
         except SnapdError:
             link.close()
             return None
-        if len(fds) != _HANDED_ON or reply["device"]["snapshot"] != record.uuid:
+        if len(fds) != len(Descriptors._fields) or reply["device"]["snapshot"] != record.uuid:
             link.close()
             for fd in fds:
                 os.close(fd)
             return None
-        cow_fd, base_fd, block_map_fd, shared_map_fd, undo_fd, worker_fence_fd, nbd_fd, control_fd = fds
-        resources = Resources(cow_fd, base_fd, block_map_fd, shared_map_fd, undo_fd)
-        listeners = Listeners(socket.socket(fileno=nbd_fd), socket.socket(fileno=control_fd))
-        host = cls(record, paths, resources, listeners, worker_fence_fd, on_change)
+        given = Descriptors.from_message(fds)
+        resources = Resources(given.cow, given.base, given.block_map, given.shared_map, given.undo_directory)
+        listeners = Listeners(
+            nbd=socket.socket(fileno=given.nbd_listener), control=socket.socket(fileno=given.control_listener)
+        )
+        host = cls(record, paths, resources, listeners, given.worker_fence, on_change)
         pid = int(reply["pid"])
-        host._control = link
         # The connection is open, so the process that answered is alive and the pid is its own.
-        host._watch = Watch(pid, os.pidfd_open(pid), child=False)
+        host._process = Process(Watch(pid, os.pidfd_open(pid), child=False), link)
         host.state = "SERVING"
         host._supervise()
         return host, resources
@@ -119,7 +112,7 @@ class DeviceHost:
     @property
     def pid(self) -> int:
         """Process id of the host; 0 while it is being replaced."""
-        return self._watch.pid if self._watch is not None else 0
+        return self._process.pid if self._process is not None else 0
 
     @property
     def restarts(self) -> int:
@@ -128,10 +121,10 @@ class DeviceHost:
 
     async def status(self) -> dict[str, Any]:
         """What the host says of itself; empty while it is being replaced."""
-        if self._control is None:
+        if self._process is None:
             return {}
         try:
-            reply, _ = await self._control.call({"verb": "status"}, timeout_s=_STATUS_TIMEOUT_S)
+            reply, _ = await self._process.control.call({"verb": "status"}, timeout_s=_STATUS_TIMEOUT_S)
         except SnapdError:
             return {}
         return reply
@@ -146,15 +139,9 @@ class DeviceHost:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        if self._watch is not None and self._control is not None:
-            with contextlib.suppress(SnapdError):
-                await self._control.call({"verb": "stop"})
-            try:
-                await asyncio.wait_for(self._watch.exited(), _STOP_TIMEOUT_S)
-            except TimeoutError:
-                self._watch.kill()
-                await self._watch.exited()
-        self._forget_process()
+        if self._process is not None:
+            await self._process.stop(_STOP_TIMEOUT_S)
+            self._process = None
         self._listeners.close(self._paths)
         os.close(self._worker_fence_fd)
 
@@ -162,34 +149,24 @@ class DeviceHost:
         """Leave the host running for the next daemon."""
         if self._supervisor is not None:
             self._supervisor.cancel()
-        self._forget_process()
+        if self._process is not None:
+            self._process.forget()
 
     async def _spawn(self) -> None:
         await asyncio.to_thread(evict_hosts, self._paths)
-        ours, theirs = control.pair()
-        fence_fd = os.open(self._paths.host_fence, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            child = Child.spawn("snapd.device", [], [theirs.fileno(), fence_fd])
-            fence.record(fence_fd, child.pid)
-        finally:
-            theirs.close()
-            os.close(fence_fd)
-        self._watch = Watch(child.pid, child.pidfd, child=True)
-        self._control = ControlConnection(ours, lambda _: None)
+        self._process = await Process.spawn("snapd.device", [], [], self._paths.host_fence, lambda _: None)
         resources = self._resources
-        await self._control.call(
-            {"verb": "start", "device": self._config},
-            [
-                resources.cow_fd,
-                resources.base_fd,
-                resources.block_map_fd,
-                resources.shared_map_fd,
-                resources.undo_fd,
-                self._worker_fence_fd,
-                self._listeners.nbd.fileno(),
-                self._listeners.control.fileno(),
-            ],
+        given = Descriptors(
+            cow=resources.cow_fd,
+            base=resources.base_fd,
+            block_map=resources.block_map_fd,
+            shared_map=resources.shared_map_fd,
+            undo_directory=resources.undo_fd,
+            worker_fence=self._worker_fence_fd,
+            nbd_listener=self._listeners.nbd.fileno(),
+            control_listener=self._listeners.control.fileno(),
         )
+        await self._process.control.call({"verb": "start", "device": self._config.to_dict()}, list(given))
         self.state = "SERVING"
 
     def _supervise(self) -> None:
@@ -197,9 +174,10 @@ class DeviceHost:
 
     async def _keep_alive(self) -> None:
         while True:
-            assert self._watch is not None
-            await self._watch.exited()
-            self._forget_process()
+            assert self._process is not None
+            await self._process.exited()
+            self._process.forget()
+            self._process = None
             if self._deaths.is_crash_loop(self._clock.now_ms()):
                 self.state = "FAILED"
                 # Nobody will answer: better refused at connect than a client that waits for ever.
@@ -211,38 +189,17 @@ class DeviceHost:
             try:
                 await self._spawn()
             except SnapdError:
-                if self._watch is None:
+                if self._process is None:
                     self.state = "FAILED"
                     self._on_change()
                     return
                 # It started and died, or hung, before it served: its exit is the next thing to be seen.
-                self._watch.kill()
+                self._process.kill()
                 continue
             self._on_change()
-
-    def _forget_process(self) -> None:
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._watch is not None:
-            self._watch.detach()
-            self._watch = None
 
 
 def evict_hosts(paths: DevicePaths) -> None:
     """Kill a device host and a worker that nobody could adopt; returns when both are gone. Blocks."""
     for path in (paths.host_fence, paths.worker_fence):
         evict(path)
-
-
-def evict(path: str) -> None:
-    """Kill the holder of the fence at `path` and wait for its exit; ETIMEDOUT when it does not go. Blocks."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        if not fence.evict(fd, _EVICT_TIMEOUT_MS):
-            raise SnapdError(errno.ETIMEDOUT, f"the process that holds {path} does not exit")
-    finally:
-        os.close(fd)

@@ -8,7 +8,8 @@ import asyncio
 import logging
 
 from snapd.block.errors import SnapdError
-from snapd.manager.devicehost import DeviceHost, evict, evict_hosts
+from snapd.manager.devicehost import DeviceHost, evict_hosts
+from snapd.manager.process import evict
 from snapd.manager.records import SnapshotRecord
 from snapd.manager.registry import Registry
 from snapd.manager.resources import Resources

@@ -7,17 +7,13 @@ until the predecessor is gone.
 import asyncio
 import contextlib
 import errno
-import os
 from collections.abc import Awaitable, Callable
 
 from snapd.block.clock import SystemClock
 from snapd.block.errors import SnapdError
-from snapd.manager.devicehost import evict
 from snapd.manager.paths import DevicePaths
-from snapd.manager.process import ControlConnection, Watch
+from snapd.manager.process import Process
 from snapd.manager.resources import Resources
-from snapd.proc import control, fence
-from snapd.proc.child import Child
 from snapd.proc.control import Message
 from snapd.proc.deaths import DeathCount
 
@@ -46,8 +42,7 @@ class MergerProcess:
         self._on_end = on_end
         self._clock = SystemClock()
         self._deaths = DeathCount()
-        self._watch: Watch | None = None
-        self._control: ControlConnection | None = None
+        self._process: Process | None = None
         self._merged = False
         self._failure: SnapdError | None = None
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -55,66 +50,42 @@ class MergerProcess:
     @property
     def pid(self) -> int:
         """Process id of the merger; 0 while none runs."""
-        return self._watch.pid if self._watch is not None else 0
+        return self._process.pid if self._process is not None else 0
 
     async def stop(self) -> None:
         """Have the merger stop at its next span, and wait for its exit; killed when it takes too long."""
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
-        if self._watch is not None:
-            if self._control is not None:
-                self._control.tell({"verb": "stop"})
-            try:
-                await asyncio.wait_for(self._watch.exited(), _STOP_TIMEOUT_S)
-            except TimeoutError:
-                self._watch.kill()
-                await self._watch.exited()
-        self._forget_process()
+        if self._process is not None:
+            await self._process.stop(_STOP_TIMEOUT_S)
+            self._process = None
 
     async def _run(self) -> None:
-        while True:
+        while not self._merged and self._failure is None:
             try:
-                await self._spawn()
-                assert self._watch is not None
-                await self._watch.exited()
-                if self._control is not None:
-                    self._control.drain()
+                self._process = await self._spawn()
+                await self._process.exited()
+                self._process.forget()
             except SnapdError as error:
                 self._failure = error
-            self._forget_process()
-            if self._merged or self._failure is not None:
-                break
-            if self._deaths.is_crash_loop(self._clock.now_ms()):
+            self._process = None
+            ended = self._merged or self._failure is not None
+            if not ended and self._deaths.is_crash_loop(self._clock.now_ms()):
                 self._failure = SnapdError(errno.EIO, f"the merger died {self._deaths.total} times")
-                break
         await self._on_end(self._failure)
 
-    async def _spawn(self) -> None:
-        await asyncio.to_thread(evict, self._paths.merger_fence)
-        ours, theirs = control.pair()
-        fence_fd = os.open(self._paths.merger_fence, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    async def _spawn(self) -> Process:
         resources = self._resources
         fds = [
-            theirs.fileno(),
             resources.cow_fd,
             resources.base_fd,
             resources.block_map_fd,
             resources.shared_map_fd,
             resources.undo_fd,
-            fence_fd,
         ]
-        try:
-            child = Child.spawn("snapd.merge", ["--snapshot", self._uuid], fds)
-            fence.record(fence_fd, child.pid)
-        except SnapdError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(fence_fd)
-        self._watch = Watch(child.pid, child.pidfd, child=True)
-        self._control = ControlConnection(ours, self._on_message)
+        arguments = ["--snapshot", self._uuid]
+        return await Process.spawn("snapd.merge", arguments, fds, self._paths.merger_fence, self._on_message)
 
     def _on_message(self, message: Message) -> None:
         event = message["event"]
@@ -124,11 +95,3 @@ class MergerProcess:
             self._merged = True
         elif event == "failed":
             self._failure = SnapdError(int(message["errno"]), str(message["message"]))
-
-    def _forget_process(self) -> None:
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._watch is not None:
-            self._watch.detach()
-            self._watch = None

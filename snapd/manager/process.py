@@ -1,4 +1,7 @@
-"""A supervised process as the event loop sees it: its exit as a future, its control messages as calls and events."""
+"""A supervised process as the event loop sees it: its exit to wait for, its control messages as calls and events.
+
+Invariant: a successor is started only when its predecessor, also one that another daemon started, is gone.
+"""
 
 import asyncio
 import contextlib
@@ -9,10 +12,83 @@ import socket
 from collections.abc import Callable
 
 from snapd.block.errors import SnapdError
-from snapd.proc import control
+from snapd.proc import control, fence
+from snapd.proc.child import Child
 from snapd.proc.control import Message
 
 _REPLY_TIMEOUT_S = 10.0
+_EVICT_TIMEOUT_MS = 5000
+
+
+class Process:
+    """A process and the control connection to it; started here behind its fence, or adopted."""
+
+    def __init__(self, watch: "Watch", control_connection: "ControlConnection") -> None:
+        self.control = control_connection
+        self._watch = watch
+
+    @classmethod
+    async def spawn(
+        cls,
+        module: str,
+        arguments: list[str],
+        fds: list[int],
+        fence_path: str,
+        on_event: Callable[[Message], None],
+    ) -> "Process":
+        """Start `module` with control connection, `fds` and fence as its descriptors; a predecessor is evicted."""
+        await asyncio.to_thread(evict, fence_path)
+        ours, theirs = control.pair()
+        try:
+            child = Child.spawn_fenced(module, arguments, [theirs.fileno(), *fds], fence_path)
+        except SnapdError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return cls(Watch(child.pid, child.pidfd, child=True), ControlConnection(ours, on_event))
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._watch.pid
+
+    async def exited(self) -> None:
+        """Return when it has exited, and what it said last was delivered."""
+        await self._watch.exited()
+        self.control.drain()
+
+    def kill(self) -> None:
+        """SIGKILL; harmless when it has exited."""
+        self._watch.kill()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Ask it to stop and wait for its exit; killed when it takes longer."""
+        self.control.tell({"verb": "stop"})
+        try:
+            await asyncio.wait_for(self._watch.exited(), timeout_s)
+        except TimeoutError:
+            self.kill()
+            await self._watch.exited()
+        self.forget()
+
+    def forget(self) -> None:
+        """Hang up and stop watching; a process that runs goes on."""
+        self.control.close()
+        self._watch.detach()
+
+
+def evict(fence_path: str) -> None:
+    """Kill the holder of a fence and wait for its exit; ETIMEDOUT when it does not go. Blocks."""
+    try:
+        fd = os.open(fence_path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if not fence.evict(fd, _EVICT_TIMEOUT_MS):
+            raise SnapdError(errno.ETIMEDOUT, f"the process that holds {fence_path} does not exit")
+    finally:
+        os.close(fd)
 
 
 class Watch:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from snapd.block.errors import SnapdError
+from snapd.proc import fence
 
 FIRST_FD = 3
 """Passed descriptors are numbered from here, in the order they were given."""
@@ -54,6 +55,21 @@ class Child:
             for fd in high:
                 os.close(fd)
         return cls(pid)
+
+    @classmethod
+    def spawn_fenced(cls, module: str, arguments: Sequence[str], fds: Sequence[int], fence_path: str) -> "Child":
+        """Like `spawn`, with the fence at `fence_path` as the last descriptor; its predecessor is gone or going."""
+        try:
+            fence_fd = os.open(fence_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SnapdError.from_os(error, f"open {fence_path}") from error
+        try:
+            child = cls.spawn(module, arguments, [*fds, fence_fd])
+            fence.record(fence_fd, child.pid)
+            return child
+        finally:
+            # No copy is kept: the lock must end with the child.
+            os.close(fence_fd)
 
     def kill(self) -> None:
         """SIGKILL; harmless when it has exited."""

@@ -17,9 +17,9 @@ import signal
 _IDENTITY_BYTES = 128
 
 
-def reopen(fd: int) -> int:
-    """A new open file description of a lock file, to be handed to a new holder."""
-    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+def path_of(fd: int) -> str:
+    """A path by which a lock file that is only held as a descriptor can be opened anew."""
+    return f"/proc/self/fd/{fd}"
 
 
 def record(fd: int, pid: int) -> None:
