@@ -78,6 +78,12 @@ class FileStore:
             self.write(memoryview(_ZEROS)[:step], offset)
             offset += step
 
+    def truncate(self, size: int) -> None:
+        try:
+            os.ftruncate(self.fd, size)
+        except OSError as error:
+            raise SnapdError.from_os(error, f"cut {self.name} to {size} bytes") from error
+
 
 class BlockDeviceStore(FileStore):
     """A block device: its size is the kernel's, and it cannot grow."""
@@ -98,6 +104,9 @@ class BlockDeviceStore(FileStore):
             fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", offset, length))
         except OSError as error:
             raise SnapdError.from_os(error, f"zero in {self.name} at {offset}") from error
+
+    def truncate(self, size: int) -> None:
+        """Nothing: a device has no end to move."""
 
 
 def file_store(fd: int, name: str = "") -> FileStore:

@@ -1,4 +1,4 @@
-"""A file that appears under its name whole or not at all.
+"""A file that appears under its name whole or not at all, alone or with a companion that vouches for it.
 
 Invariant: whatever lies under the final name is either what lay there before or the complete new content. Two writers
 of one name exclude each other, and a file that somebody has locked is not replaced under them.
@@ -10,6 +10,15 @@ of one name exclude each other, and a file that somebody has locked is not repla
 | 3 | flush `.part` | the same |
 | 4 | rename it to the final name | the old or the new file |
 | 5 | flush the directory | the new file |
+
+A companion means nothing beside any file but its own, which is whole without it. So no two names ever change together:
+
+| step | action | a crash after it leaves |
+| --- | --- | --- |
+| 1 to 3 | the same for both | the old file, and its companion |
+| 4 | remove the old companion, flush the directory | the old file alone |
+| 5 | put the file under its name, flush the directory | the new file alone |
+| 6 | put the companion under its name, flush the directory | the new file, and its companion |
 """
 
 import contextlib
@@ -31,6 +40,27 @@ def new_file(path: str, *, inputs: Sequence[str]) -> Iterator[FileStore]:
     Errors: EINVAL when `path` is one of the `inputs` or there and not a regular file; EBUSY when somebody else
     writes it or holds the lock of the file it would replace; else the system's.
     """
+    with _part_of(path, inputs) as part:
+        yield part
+        _flush(part)
+        _publish(part, path)
+
+
+@contextlib.contextmanager
+def new_pair(path: str, companion: str, *, inputs: Sequence[str]) -> Iterator[tuple[FileStore, FileStore]]:
+    """The same for a file and its companion; whatever happens, no companion lies beside a file that is not its own."""
+    with _part_of(path, inputs) as part, _part_of(companion, inputs) as companion_part:
+        yield part, companion_part
+        _flush(part)
+        _flush(companion_part)
+        _remove(companion)
+        _publish(part, path)
+        _publish(companion_part, companion)
+
+
+@contextlib.contextmanager
+def _part_of(path: str, inputs: Sequence[str]) -> Iterator[FileStore]:
+    """The locked, empty `.part` of a new file; an error removes it."""
     part = path + ".part"
     with contextlib.ExitStack() as stack:
         _check_place(path, part, inputs)
@@ -40,7 +70,6 @@ def new_file(path: str, *, inputs: Sequence[str]) -> Iterator[FileStore]:
         stack.callback(os.close, fd)
         try:
             yield FileStore(fd, part)
-            _publish(fd, part, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)
@@ -80,14 +109,34 @@ def _open_part(part: str) -> int:
     return fd
 
 
-def _publish(fd: int, part: str, path: str) -> None:
+def _flush(part: FileStore) -> None:
     try:
-        os.fsync(fd)
-        os.rename(part, path)
-        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        os.fsync(part.fd)
     except OSError as error:
-        raise SnapdError.from_os(error, f"put {part} under its name {path}") from error
+        raise SnapdError.from_os(error, f"flush {part.name}") from error
+
+
+def _publish(part: FileStore, path: str) -> None:
+    try:
+        os.rename(part.name, path)
+        _flush_directory(path)
+    except OSError as error:
+        raise SnapdError.from_os(error, f"put {part.name} under its name {path}") from error
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+        _flush_directory(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SnapdError.from_os(error, f"remove {path}") from error
+
+
+def _flush_directory(path: str) -> None:
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

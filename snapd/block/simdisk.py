@@ -4,7 +4,8 @@ What it models
 - A *page cache* over *platters*. Reads see the cache. `flush` of one file makes that file's cache durable.
 - Before its flush, every 512-byte sector written may, independently of all others, have reached the platter in
   any of the versions it had since the last flush, or not at all: loss, tearing at sector borders and
-  reordering are one rule. Nothing tears inside a sector (UNDO-27). A grown file may keep its old size.
+  reordering are one rule. Nothing tears inside a sector (UNDO-27). A file that grew may keep its old size. A file
+  that was cut may turn out not to have been: then it has what was cut off, and nothing of what was written there since.
 - A *stop* happens at one numbered store operation. A write that is stopped may have put any prefix of its
   sectors into the cache. After it the machine is either `power_cut` (the platters decide) or a process was
   `kill`ed (the cache survives, and is still not durable: UNDO-24).
@@ -15,6 +16,7 @@ counted over all files of a disk: "stop at operation 17" means the same thing in
 
 import errno
 from random import Random
+from typing import NamedTuple
 
 from snapd.block.bio import SECTOR_BYTES
 from snapd.block.errors import SnapdError
@@ -71,6 +73,14 @@ class SimDisk:
         self.trace.append(what)
 
 
+class _Uncut(NamedTuple):
+    """A file before the first cut since its last flush; `size` is the least that it was cut to."""
+
+    cache: bytearray
+    versions: dict[int, list[bytes]]
+    size: int
+
+
 class SimStore:
     """One file of a simulated disk; a `Store`."""
 
@@ -79,6 +89,7 @@ class SimStore:
         self.name = name
         self._cache = bytearray(content)
         self._durable_size = len(content)
+        self._uncut: _Uncut | None = None
         # For each sector written since the last flush: its durable content, then every version since.
         self._versions: dict[int, list[bytes]] = {}
 
@@ -102,8 +113,7 @@ class SimStore:
 
     def flush(self) -> None:
         self._disk.step(f"flush {self.name}")
-        self._versions.clear()
-        self._durable_size = len(self._cache)
+        self._forget_versions()
 
     def discard(self, offset: int, length: int) -> None:
         self._disk.step(f"discard {self.name} {offset}+{length}")
@@ -113,6 +123,21 @@ class SimStore:
     def zero(self, offset: int, length: int) -> None:
         self.write(bytes(length), offset)
 
+    def truncate(self, size: int) -> None:
+        self._disk.step(f"truncate {self.name} {size}")
+        if size < len(self._cache):
+            if self._uncut is None:
+                versions = {sector: list(v) for sector, v in self._versions.items()}
+                self._uncut = _Uncut(bytearray(self._cache), versions, size)
+            self._uncut = self._uncut._replace(size=min(self._uncut.size, size))
+            last, kept = divmod(size, SECTOR_BYTES)
+            on_border = [version[:kept].ljust(SECTOR_BYTES, b"\0") for version in self._versions.get(last, [])]
+            self._versions = {sector: v for sector, v in self._versions.items() if sector < last}
+            if on_border:
+                self._versions[last] = on_border
+            del self._cache[size:]
+        self._cache.extend(bytes(size - len(self._cache)))
+
     def unflushed_sectors(self) -> int:
         """How many sectors a power cut could change now."""
         return len(self._versions)
@@ -120,16 +145,32 @@ class SimStore:
     def lose_unflushed(self) -> None:
         """Let chance choose, sector by sector, which version reached the platter."""
         random = self._disk.random
-        grown = len(self._cache) > self._durable_size
-        if grown and random.random() < 0.5:
+        if self._uncut is not None:
+            if random.random() < 0.5:
+                self._undo_cut(self._uncut)
+            else:
+                self._durable_size = self._uncut.size
+        if len(self._cache) != self._durable_size and random.random() < 0.5:
             del self._cache[self._durable_size :]
+            self._cache.extend(bytes(self._durable_size - len(self._cache)))
         for sector, versions in self._versions.items():
             start = sector * SECTOR_BYTES
             survivor = random.choice(versions)
             room = len(self._cache) - start
             if room > 0:
                 self._cache[start : start + SECTOR_BYTES] = survivor[: min(SECTOR_BYTES, room)]
+        self._forget_versions()
+
+    def _undo_cut(self, uncut: "_Uncut") -> None:
+        """Nothing was cut: what was written since counts only below the cut."""
+        first = uncut.size // SECTOR_BYTES
+        written = {sector: v for sector, v in self._versions.items() if sector < first}
+        self._cache = uncut.cache
+        self._versions = {sector: v for sector, v in uncut.versions.items() if sector >= first} | written
+
+    def _forget_versions(self) -> None:
         self._versions.clear()
+        self._uncut = None
         self._durable_size = len(self._cache)
 
     def _put(self, data: bytes, offset: int) -> None:

@@ -19,7 +19,7 @@ class Readable(Protocol):
 
 
 class Store(Readable, Protocol):
-    """Six verbs over a file, a block device or a simulated disk."""
+    """Seven verbs over a file, a block device or a simulated disk."""
 
     def size(self) -> int:
         """Bytes that can be read now."""
@@ -39,6 +39,10 @@ class Store(Readable, Protocol):
 
     def zero(self, offset: int, length: int) -> None:
         """Make the range read as zeros; like a write it is durable only after `flush`."""
+        ...
+
+    def truncate(self, size: int) -> None:
+        """Make a file end at `size`, durable only after `flush`; a block device has no end to move and stays."""
         ...
 
 

@@ -1,41 +1,36 @@
 """The difference of two images as ops: what makes the source the target, in an order that any merge takes.
 
-Every target block is, in this priority, unchanged (no op), zero, a copy of a source block, or stored (COW-157).
-Blocks are found again by xxh3-64, and a hit counts only after its bytes were compared. Two passes: the first
-reads both images once and keeps 8 bytes a block, the second reads what is copied or stored. Memory is bounded by
-that index and a few MiB. The result depends on the images and options only, never on threads.
+Every target block is, in this priority, unchanged (no op), zero, a copy of a source block, or stored: as XOR where that
+takes fewer bytes, else in a replace unit (COW-157). Ops that read another block than their own come first, in an order
+that merges; then the XOR ops that read only their own; then zeros; then replaces (COW-70, COW-74, COW-75, COW-154).
+
+Both images are read about twice, and of them some bytes a block are kept, whatever their size. The result depends on
+the images and options only, never on threads.
 """
 
-import concurrent.futures
 import errno
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-import xxhash
 
 from snapd.block.errors import SnapdError
-from snapd.block.extent import Extent
-from snapd.block.store import Readable, Store, read_bytes
-from snapd.cow.compress import CompressOption, Encoder
-from snapd.cow.format import BLOCK_SIZE
-from snapd.cow.mergeorder import NO_SOURCE, CopyOrder
-from snapd.cow.writer import CowWriter, unit_lengths
+from snapd.block.store import Store
+from snapd.cow.basewriter import CowWriter
+from snapd.cow.blockplan import BlockPlan, extents
+from snapd.cow.blockrows import Ints
+from snapd.cow.blockscan import Hashes, scan_images
+from snapd.cow.copyfind import find_copies
+from snapd.cow.createoptions import CreateOptions
+from snapd.cow.format import BLOCK_SIZE, OpType
+from snapd.cow.progress import Meter, Progress
+from snapd.cow.unitcoder import TASK_BLOCKS, UnitCoder, XorPayload
+from snapd.cow.xormode import XorMode
+from snapd.cow.xorsearch import find_moved
 
-_Int = npt.NDArray[np.int64]
-_Hashes = npt.NDArray[np.uint64]
-
-_CHUNK_BLOCKS = 1024
-# A multiple of every unit, so that cutting a run here never shortens a unit.
-_TASK_BLOCKS = 256
-_THREADS = 2
-_TASKS_IN_FLIGHT = 8
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
+_MAX_BLOCKS = (1 << 32) - 1
+_COPY_RUNS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +40,7 @@ class DiffCounts:
     unchanged_blocks: int
     zero_blocks: int
     copy_blocks: int
+    xor_blocks: int
     replace_blocks: int
 
 
@@ -54,129 +50,125 @@ class Diff:
     The images must not change meanwhile.
     """
 
-    def __init__(self, source: Store, target: Store, progress: Progress) -> None:
+    def __init__(self, source: Store, target: Store, options: CreateOptions, progress: Progress) -> None:
         self._source = source
         self._target = target
-        self._source_blocks = _block_count(source, "source")
-        self.target_blocks = _block_count(target, "target")
-        self._progress = progress
-        self._changed = np.zeros(self.target_blocks, dtype=np.bool_)
-        self._zero = np.zeros(self.target_blocks, dtype=np.bool_)
-        self._source_hash = np.zeros(self._source_blocks, dtype=np.uint64)
-        self._target_hash = np.zeros(self.target_blocks, dtype=np.uint64)
+        self._options = options
+        self._is_searching = options.has_xor and options.xor is XorMode.SEARCH
+        source_blocks, self.target_blocks = _block_count(source, "source"), _block_count(target, "target")
+        searched = source_blocks + self.target_blocks if self._is_searching else 0
+        total = max(source_blocks, self.target_blocks) + searched + self.target_blocks
+        self._meter = Meter(progress, total * BLOCK_SIZE)
+        self._coder = UnitCoder(source, target, options)
+        self.target_digests: Hashes = np.zeros(0, dtype=np.uint64)
+        """The digest of every target block (COW-216), as soon as `write` is done."""
 
-    def write(self, writer: CowWriter, option: CompressOption, unit: int) -> DiffCounts:
-        """Append the ops to `writer`: copies, then zeros, then what is stored (COW-74, COW-154)."""
-        self._scan()
-        copy_of = self._find_copies()
-        self._check_copies(copy_of)
-        CopyOrder(copy_of).emit(writer.copy)
-        for block in np.flatnonzero(self._zero).data:
-            writer.zero(block)
-        stored = self._changed & ~self._zero & (copy_of == NO_SOURCE)
-        counts = DiffCounts(
-            unchanged_blocks=int((~self._changed).sum()),
-            zero_blocks=int(self._zero.sum()),
-            copy_blocks=int((copy_of != NO_SOURCE).sum()),
-            replace_blocks=int(stored.sum()),
+    def write(self, writer: CowWriter) -> DiffCounts:
+        """Append the ops to `writer`, whose options are those of the diff."""
+        plan = self._plan()
+        copies, moved_xors = self._write_ordered(plan, writer)
+        zeros = int(np.count_nonzero(plan.zero))
+        stored = int(np.count_nonzero(plan.stored))
+        self._meter.add((self.target_blocks - stored) * BLOCK_SIZE)
+        xors = self._write_xors(plan, writer)
+        for extent in extents(plan.zero, limit=len(plan.zero)):
+            writer.zero(extent.start, extent.length)
+        for payloads in self._coder.units(extents(plan.stored, limit=TASK_BLOCKS)):
+            for block, blocks, payload in payloads:
+                writer.put(OpType.REPLACE, block, blocks, 0, payload)
+                self._meter.add(blocks * BLOCK_SIZE)
+        return DiffCounts(
+            unchanged_blocks=plan.unchanged_blocks,
+            zero_blocks=zeros,
+            copy_blocks=copies,
+            xor_blocks=moved_xors + xors,
+            replace_blocks=stored - xors,
         )
-        self._store_blocks(stored, writer, option, unit // BLOCK_SIZE)
-        return counts
 
-    def _scan(self) -> None:
-        """Hash the source, and of the target what is neither unchanged nor zero."""
-        for start in range(0, max(self._source_blocks, self.target_blocks), _CHUNK_BLOCKS):
-            old = _read_blocks(self._source, start, min(self._source_blocks, start + _CHUNK_BLOCKS))
-            new = _read_blocks(self._target, start, min(self.target_blocks, start + _CHUNK_BLOCKS))
-            _hash_blocks(old, range(len(old)), self._source_hash[start:])
-            both = min(len(old), len(new))
-            changed = np.ones(len(new), dtype=np.bool_)
-            changed[:both] = (old[:both] != new[:both]).any(axis=1)
-            zero = changed & ~new.any(axis=1)
-            self._changed[start : start + len(new)] = changed
-            self._zero[start : start + len(new)] = zero
-            _hash_blocks(new, np.flatnonzero(changed & ~zero).tolist(), self._target_hash[start:])
-            done = min(start + _CHUNK_BLOCKS, self.target_blocks)
-            self._progress(done * BLOCK_SIZE, 2 * self.target_blocks * BLOCK_SIZE)
+    def _plan(self) -> BlockPlan:
+        """What of the target is unchanged, zero, a copy, or the XOR of moved data; the rest is to be stored."""
+        options = self._options
+        scan = scan_images(self._source, self._target, options, self._meter)
+        self.target_digests = scan.target_hash
+        copy_of = find_copies(self._source, self._target, scan, options.jobs)
+        if not self._is_searching:
+            return BlockPlan(scan, copy_of, None)
+        moved = find_moved(self._source, self._target, scan, copy_of, options, self._meter)
+        plan = BlockPlan(scan, copy_of, moved)
+        candidates = extents(plan.stored.copy(), limit=TASK_BLOCKS, having=plan.has_moved)
+        for payloads in self._coder.better_as_xor(candidates, plan.closest):
+            for block, source, _ in payloads:
+                if source != block * BLOCK_SIZE:
+                    plan.make_moved_xor(block, source)
+        return plan
 
-    def _find_copies(self) -> _Int:
-        """For every target block a source block of the same hash, or `NO_SOURCE`; runs stay runs."""
-        copy_of = np.full(self.target_blocks, NO_SOURCE, dtype=np.int64)
-        wanted = np.flatnonzero(self._changed & ~self._zero)
-        order = np.argsort(self._source_hash, kind="stable")
-        ordered = self._source_hash[order]
-        # In pieces: the lookups of a whole image at once would need several times the index.
-        for start in range(0, len(wanted), 1 << 20):
-            blocks = wanted[start : start + (1 << 20)]
-            hashes = self._target_hash[blocks]
-            place = np.searchsorted(ordered, hashes).clip(max=self._source_blocks - 1)
-            hit = ordered[place] == hashes
-            self._choose(copy_of, blocks[hit], hashes[hit], order[place[hit]])
-        return copy_of
+    def _write_ordered(self, plan: BlockPlan, writer: CowWriter) -> tuple[int, int]:
+        """The ops that read other blocks than their own; returns the numbers of copies and of XOR ops.
 
-    def _choose(self, copy_of: _Int, blocks: _Int, hashes: _Hashes, lowest: _Int) -> None:
-        """Among equal source blocks take the one that goes on where the last copy was, else the lowest."""
-        source_hash, chosen = self._source_hash.data, copy_of.data
-        shift = 0
-        for block, value, source in zip(blocks.data, hashes.data, lowest.data, strict=True):
-            near = block + shift
-            if 0 <= near < self._source_blocks and source_hash[near] == value:
-                source = near
-            chosen[block] = source
-            shift = source - block
+        What has to be given up for an order is to be stored then.
+        """
+        waiting: deque[list[_CopyRun]] = deque()
+        copies = xors = 0
 
-    def _check_copies(self, copy_of: _Int) -> None:
-        """Drop the copies whose bytes differ: equal hashes are not equal blocks."""
-        for targets, sources in _runs(copy_of):
-            old = _read_blocks(self._source, sources.start, sources.end)
-            new = _read_blocks(self._target, targets.start, targets.end)
-            copy_of[targets.start : targets.end][(old != new).any(axis=1)] = NO_SOURCE
+        def xor_blocks() -> Iterator[Ints]:
+            for runs, blocks in self._ordered(plan):
+                waiting.append(runs)
+                yield np.array(blocks, dtype=np.int64)
 
-    def _store_blocks(
-        self, stored: npt.NDArray[np.bool_], writer: CowWriter, option: CompressOption, unit_blocks: int
-    ) -> None:
-        total = 2 * self.target_blocks * BLOCK_SIZE
-        done = total - int(stored.sum()) * BLOCK_SIZE
-        self._progress(done, total)
-        for extent, payloads in self._compressed(_extents(np.flatnonzero(stored)), option, unit_blocks):
-            block = extent.start
-            for blocks, payload in zip(unit_lengths(extent.length, unit_blocks), payloads, strict=True):
-                writer.replace(block, blocks, payload)
-                block += blocks
-            done += extent.length * BLOCK_SIZE
-            self._progress(done, total)
+        for payloads in self._coder.as_xor(xor_blocks(), plan.moved_xor):
+            # The copies that come before these XOR ops.
+            for run in waiting.popleft():
+                writer.copy(run.block, run.source, run.blocks)
+                copies += run.blocks
+            _put_xors(writer, payloads)
+            xors += len(payloads)
+        return copies, xors
 
-    def _compressed(
-        self, extents: Iterator[Extent], option: CompressOption, unit_blocks: int
-    ) -> Iterator[tuple[Extent, list[bytes]]]:
-        """Each extent with the payloads of its units, in order, whichever thread made them."""
-        local = threading.local()
+    def _ordered(self, plan: BlockPlan) -> Iterator[tuple[list["_CopyRun"], list[int]]]:
+        """The ops in an order that merges, some at a time: copies, and XOR blocks that come behind them."""
+        is_xor, reads = plan.is_xor.data, plan.reads.data
+        runs: list[_CopyRun] = []
+        xors: list[int] = []
+        for block in plan.in_merge_order(self._coder.weigh):
+            if len(runs) == _COPY_RUNS or len(xors) == TASK_BLOCKS or (xors and not is_xor[block]):
+                yield runs, xors
+                runs, xors = [], []
+            if is_xor[block]:
+                xors.append(block)
+            elif runs and runs[-1].goes_on(block, reads[block]):
+                runs[-1].blocks += 1
+            else:
+                runs.append(_CopyRun(block, reads[block], 1))
+        yield runs, xors
 
-        def start_thread() -> None:
-            local.encoder = Encoder(option)
+    def _write_xors(self, plan: BlockPlan, writer: CowWriter) -> int:
+        """Of what is to be stored, what is smaller as XOR with its own place; returns the number of blocks."""
+        xors = 0
+        candidates = extents(plan.stored.copy(), limit=TASK_BLOCKS, having=plan.similar)
+        for payloads in self._coder.better_as_xor(candidates, plan.same_place):
+            _put_xors(writer, payloads)
+            plan.stored[[payload.block for payload in payloads]] = False
+            self._meter.add(len(payloads) * BLOCK_SIZE)
+            xors += len(payloads)
+        return xors
 
-        def compress(extent: Extent) -> list[bytes]:
-            data = memoryview(read_bytes(self._target, extent.start * BLOCK_SIZE, extent.length * BLOCK_SIZE))
-            payloads = []
-            for blocks in unit_lengths(extent.length, unit_blocks):
-                payloads.append(local.encoder.encode(data[: blocks * BLOCK_SIZE]))
-                data = data[blocks * BLOCK_SIZE :]
-            return payloads
 
-        tasks: deque[tuple[Extent, concurrent.futures.Future[list[bytes]]]] = deque()
-        with concurrent.futures.ThreadPoolExecutor(_THREADS, initializer=start_thread) as pool:
-            try:
-                for extent in extents:
-                    tasks.append((extent, pool.submit(compress, extent)))
-                    if len(tasks) == _TASKS_IN_FLIGHT:
-                        first, task = tasks.popleft()
-                        yield first, task.result()
-                while tasks:
-                    first, task = tasks.popleft()
-                    yield first, task.result()
-            finally:
-                for _, task in tasks:
-                    task.cancel()
+@dataclass(slots=True)
+class _CopyRun:
+    """`blocks` target blocks from `block` that are copies of the source blocks from `source` on."""
+
+    block: int
+    source: int
+    blocks: int
+
+    def goes_on(self, block: int, source: int) -> bool:
+        """Whether the copy of one more block belongs to the run."""
+        return block == self.block + self.blocks and source == self.source + self.blocks
+
+
+def _put_xors(writer: CowWriter, payloads: list[XorPayload]) -> None:
+    for block, source, payload in payloads:
+        writer.put(OpType.XOR, block, 1, source, payload)
 
 
 def _block_count(image: Store, name: str) -> int:
@@ -184,47 +176,6 @@ def _block_count(image: Store, name: str) -> int:
     size = image.size()
     if not size or size % BLOCK_SIZE:
         raise SnapdError(errno.EINVAL, f"{name} of {size} bytes: not a multiple of {BLOCK_SIZE}, or empty (COW-149)")
+    if size // BLOCK_SIZE > _MAX_BLOCKS:
+        raise SnapdError(errno.EFBIG, f"{name} of {size} bytes: more than {_MAX_BLOCKS} blocks (COW-23)")
     return size // BLOCK_SIZE
-
-
-def _read_blocks(image: Readable, start: int, end: int) -> _Hashes:
-    """Blocks [start, end) as rows of 64-bit words; no rows when there are none."""
-    raw = bytearray(max(0, end - start) * BLOCK_SIZE)
-    if raw:
-        image.read_into(raw, start * BLOCK_SIZE)
-    return np.frombuffer(raw, dtype=np.uint64).reshape(-1, BLOCK_SIZE // 8)
-
-
-def _hash_blocks(blocks: _Hashes, rows: range | list[int], out: _Hashes) -> None:
-    """Put the hash of each of the `rows` into `out` at the same index."""
-    raw = blocks.data.cast("B") if len(blocks) else memoryview(b"")
-    digest = xxhash.xxh3_64_intdigest
-    hashes = (digest(raw[row * BLOCK_SIZE : (row + 1) * BLOCK_SIZE]) for row in rows)
-    out[rows] = np.fromiter(hashes, dtype=np.uint64, count=len(rows))
-
-
-def _runs(copy_of: _Int) -> Iterator[tuple[Extent, Extent]]:
-    """The copies as (target extent, source extent), each at most a chunk long."""
-    blocks = np.flatnonzero(copy_of >= 0)
-    sources = copy_of[blocks]
-    breaks = (np.diff(blocks) != 1) | (np.diff(sources) != 1)
-    for first, end in _pieces(breaks, len(blocks), _CHUNK_BLOCKS):
-        yield Extent(int(blocks[first]), end - first), Extent(int(sources[first]), end - first)
-
-
-def _extents(blocks: _Int) -> Iterator[Extent]:
-    """Ascending block numbers as extents of at most `_TASK_BLOCKS`."""
-    for first, end in _pieces(np.diff(blocks) != 1, len(blocks), _TASK_BLOCKS):
-        yield Extent(int(blocks[first]), end - first)
-
-
-def _pieces(breaks: npt.NDArray[np.bool_], count: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Index ranges [first, end) between breaks (`breaks[i]`: between i and i + 1), none longer than `limit`."""
-    if not count:
-        return
-    first = 0
-    for end in np.append(np.flatnonzero(breaks) + 1, count).data:
-        while first < end:
-            piece = min(first + limit, end)
-            yield first, piece
-            first = piece

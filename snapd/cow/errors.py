@@ -27,3 +27,19 @@ class CowError(SnapdError):
         self.statement = statement
         self.offset = offset
         self.op_index = op_index
+
+
+class Tolerance:
+    """What a lenient parse let pass (COW-208): the errors that a strict one would have raised, in order, bounded."""
+
+    LIMIT = 100
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.count = 0
+
+    def note(self, error: CowError) -> None:
+        """Keep the error instead of raising it; beyond the first hundred only their number is kept."""
+        self.count += 1
+        if len(self.notes) < self.LIMIT:
+            self.notes.append(str(error))

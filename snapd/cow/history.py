@@ -21,7 +21,7 @@ from snapd.block.errors import SnapdError
 from snapd.block.extent import Extent
 from snapd.block.newfile import new_file
 from snapd.block.store import Store, read_bytes
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.format import OpType
 from snapd.cow.reader import CowFile
 from snapd.cow.view import CowView
@@ -44,7 +44,7 @@ class MergeRecord:
 def record_merge(cow: CowFile, cow_path: _Path, payloads: Store, old_digest: bytes, new_digest: bytes) -> None:
     """Durably say that the COW was merged: first in the record beside it, then in its own header (COW-145)."""
     write_record(cow_path, MergeRecord(cow.ops_digest, old_digest, new_digest))
-    mark_merged(payloads, cow.header.op_count)
+    mark_merged(payloads, cow.op_count)
 
 
 def write_record(cow_path: _Path, record: MergeRecord) -> None:
@@ -63,14 +63,14 @@ def holds_new_image(cow: CowFile, cow_path: _Path, payloads: Store, base: Store)
 
     Without a record a COW that is not marked as merged is believed to be new to every base. Reads the target
     blocks of the base where there is something to decide. Errors: EINVAL for a base that is neither, or for one
-    too short; what `CowFile.block_map` refuses.
+    too short; what `CowFile.extent_map` refuses.
     """
     record = _read_record(cow_path, cow.ops_digest)
     if record is None:
         if cow.is_merged:
             _check_content(cow, payloads, base)
         return cow.is_merged
-    found = digest_targets(cow.block_map(base.size()), base)
+    found = digest_targets(cow.extent_map(base.size()), base)
     if found not in (record.old_digest, record.new_digest):
         raise SnapdError(
             errno.EINVAL,
@@ -80,38 +80,38 @@ def holds_new_image(cow: CowFile, cow_path: _Path, payloads: Store, base: Store)
     return found == record.new_digest
 
 
-def digest_targets(block_map: BlockMap, base: Store) -> bytes:
+def digest_targets(extent_map: ExtentMap, base: Store) -> bytes:
     """The digest of all target blocks as the base has them, zeros behind its end."""
     hasher = xxhash.xxh3_128()
     size = base.size()
-    for extent in _pieces(block_map):
-        start, length = extent.start * block_map.block_size, extent.length * block_map.block_size
+    for extent in _pieces(extent_map):
+        start, length = extent.start * extent_map.block_size, extent.length * extent_map.block_size
         inside = max(0, min(length, size - start))
         hasher.update(read_bytes(base, start, inside).ljust(length, b"\0"))
     return hasher.digest()
 
 
 def _check_content(cow: CowFile, payloads: Store, base: Store) -> None:
-    """EINVAL unless the base has what every replace and zero op says; copies cannot be checked."""
+    """EINVAL unless the base has what every replace and zero op says; copies and XOR cannot be checked."""
     needed_bytes = cow.target_size(0)
     if base.size() < needed_bytes:
         raise SnapdError(
             errno.EINVAL, f"the COW is marked as merged, but this base has only {base.size()} of {needed_bytes} bytes"
         )
-    block_map = cow.block_map(base.size())
-    view = CowView(block_map, payloads, source=base, base=base)
-    for extent in _pieces(block_map):
-        for block in range(extent.start, extent.end):
-            if block_map.op(block_map.op_of_block[block]).type is OpType.COPY:
-                continue
-            at = block * block_map.block_size
-            if read_bytes(base, at, block_map.block_size) != read_bytes(view, at, block_map.block_size):
+    extent_map = cow.extent_map(base.size())
+    view = CowView(extent_map, payloads, source=base, base=base)
+    size = extent_map.block_size
+    for run in extent_map.runs(0, extent_map.block_count):
+        if run.kind not in (OpType.REPLACE, OpType.ZERO):
+            continue
+        for block in range(run.start, run.end):
+            if read_bytes(base, block * size, size) != read_bytes(view, block * size, size):
                 raise SnapdError(errno.EINVAL, f"the COW is marked as merged, but block {block} of this base differs")
 
 
-def _pieces(block_map: BlockMap) -> Iterator[Extent]:
-    step = max(1, _PIECE_BYTES // block_map.block_size)
-    for extent in block_map.changed_extents(0, block_map.block_count):
+def _pieces(extent_map: ExtentMap) -> Iterator[Extent]:
+    step = max(1, _PIECE_BYTES // extent_map.block_size)
+    for extent in extent_map.changed_extents(0, extent_map.block_count):
         for start in range(extent.start, extent.end, step):
             yield Extent(start, min(step, extent.end - start))
 

@@ -1,121 +1,90 @@
-"""The order in which an ordered merge may take the ops of a COW: how to make one, and how to check one.
+"""The order in which an ordered merge takes the ops of a COW, and whether it may.
 
-An ordered merge overwrites the image it copies from. So an op that reads a block comes before any other op that
-overwrites it (COW-75), and ops that read nothing come last (COW-74). A reversible merge needs none of this
-(UNDO-6); files are written in such an order so that both kinds of merge take them.
+An ordered merge overwrites the image it reads from. So an op that reads a block comes before any other op that
+overwrites it (COW-75), and ops that read nothing come last (COW-74). A reversible merge needs none of this (UNDO-6).
 """
-
-import heapq
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from snapd.cow.format import OpType
+from snapd.cow.optable import OpTable
 from snapd.cow.reader import CowFile
 
 _Int = npt.NDArray[np.int64]
-NO_SOURCE = -1
 
 
 def merge_list(cow: CowFile) -> _Int:
-    """Op indices in merge order (COW-69, COW-70): the sequence, then the rest by block; without one, the stream."""
-    if not len(cow.sequence):
-        return np.arange(len(cow.type))
-    by_block = np.argsort(cow.new_block, kind="stable")
-    listed = by_block[np.searchsorted(cow.new_block, cow.sequence, sorter=by_block)]
-    rest = by_block[~np.isin(by_block, listed)]
-    return np.concatenate([listed, rest])
+    """Op indices in the order in which an ordered merge takes them; every op once (COW-67 to COW-73).
+
+    A sequence comes first and the rest follows by target block, in every version. A block of the sequence that has no
+    op, as in a file cut at a label, is passed over.
+    """
+    ops = cow.ops
+    if len(cow.sequence):
+        return _then_by_block(ops, _listed(ops, cow.sequence))
+    return _stream_order(ops) if cow.header.version == 3 else _readers_first(ops)
 
 
 def order_fault(cow: CowFile) -> str:
-    """Why an ordered merge must refuse this file (COW-76); empty when it need not."""
-    order = merge_list(cow)
-    ordered = cow.type[order] == OpType.COPY
-    late = np.flatnonzero(ordered & (np.cumsum(~ordered) > 0))
-    if len(late):
-        return f"op {order[late[0]]}: a copy after an op that reads nothing (COW-74)"
-    copies = order[ordered]
-    by_block = np.argsort(cow.new_block[copies], kind="stable")
-    targets = cow.new_block[copies][by_block]
-    sources = cow.source[copies]
-    place = np.searchsorted(targets, sources).clip(max=max(len(targets) - 1, 0))
-    # Position in the merge at which the block that is read gets overwritten; itself is allowed.
-    early = (targets[place] == sources) & (by_block[place] < np.arange(len(copies))) if len(copies) else ordered[:0]
-    if early.any():
-        i = int(early.argmax())
-        return f"op {copies[i]}: reads block {sources[i]}, which an op before it overwrites (COW-75)"
+    """Why an ordered merge must refuse this file (COW-74 to COW-76); empty when it need not."""
+    ops, order = cow.ops, merge_list(cow)
+    reads = _reads_source(ops)[order]
+    count = len(order) if reads.all() else int(reads.argmin())
+    late = reads[count:]
+    if late.any():
+        return f"op {order[count + int(late.argmax())]}: a copy or XOR behind an op that reads nothing (COW-74)"
+    readers = order[:count]
+    source = ops.source[readers]
+    is_xor = ops.type[readers] == OpType.XOR
+    block_size = np.uint64(cow.header.block_size)
+    # An XOR from a byte inside a block reads two.
+    first = np.where(is_xor, source // block_size, source)
+    last = np.where(is_xor, (source + block_size - np.uint64(1)) // block_size, source)
+    written = ops.new_block[readers]
+    by_block = _sorted_by(written)
+    for read in (first, last):
+        place = np.searchsorted(written[by_block], read).clip(max=max(count - 1, 0))
+        # Overwriting what it reads itself is the op's own affair.
+        early = (written[by_block[place]] == read) & (by_block[place] < np.arange(count))
+        if early.any():
+            i = int(early.argmax())
+            return f"op {readers[i]}: reads block {read[i]}, which an op before it overwrites (COW-75)"
     return ""
 
 
-class CopyOrder:
-    """Puts copies into an order that merges, and picks what must not be a copy (COW-79, COW-157).
+def _stream_order(ops: OpTable) -> _Int:
+    """Version 3 without a sequence: as the producer put them (COW-70)."""
+    return np.arange(len(ops))
 
-    `source[t]` is the block that target t copies, or `NO_SOURCE`; no block copies itself. Every target reads one
-    block, so what is left when nothing is free any more are plain cycles, and one block less opens each.
-    """
 
-    def __init__(self, source: _Int) -> None:
-        count = len(source)
-        self._copies = np.flatnonzero(source >= 0)
-        read = source[self._copies]
-        readers = np.bincount(read[read < count], minlength=count).astype(np.int32)
-        self._source = source.data
-        self._readers = readers.data
-        self._free = bytearray(((source >= 0) & (readers == 0)).tobytes())
-        # Free blocks from the cursor on are found by scanning, those that get free behind it are kept here.
-        self._cursor = 0
-        self._behind: list[int] = []
+def _readers_first(ops: OpTable) -> _Int:
+    """Versions 1 and 2 without a sequence: what reads the source in stream order, then the rest by block (COW-68)."""
+    return _then_by_block(ops, np.flatnonzero(_reads_source(ops)))
 
-    def emit(self, copy: Callable[[int, int], None]) -> None:
-        """Call `copy(target, source)` in merge order, in runs; a target that opens a cycle becomes `NO_SOURCE`."""
-        self._drain(copy)
-        self._open_cycles()
-        self._drain(copy)
 
-    def _open_cycles(self) -> None:
-        """Give up the lowest block of every cycle; all of them before anything goes on, so that runs stay runs."""
-        source, seen = self._source, bytearray(len(self._free))
-        for block in self._copies.data:
-            if not self._readers[block] or source[block] < 0 or seen[block]:
-                continue
-            member = block
-            while not seen[member]:
-                seen[member] = 1
-                member = source[member]
-            freed = source[block]
-            source[block] = NO_SOURCE
-            self._release(freed)
+def _listed(ops: OpTable, sequence: npt.NDArray[np.uint32]) -> _Int:
+    """The ops that begin at the blocks of the sequence."""
+    by_block = _sorted_by(ops.new_block)
+    starts = ops.new_block[by_block]
+    place = np.searchsorted(starts, sequence)
+    place = place[np.searchsorted(starts, sequence, side="right") > place]
+    return by_block[place]
 
-    def _drain(self, copy: Callable[[int, int], None]) -> None:
-        free, source = self._free, self._source
-        while (block := self._next_free()) >= 0:
-            # What moved up frees the blocks below it, what moved down those above (COW-77).
-            step = 1
-            if source[block] < block:
-                step = -1
-                while block + 1 < len(free) and free[block + 1]:
-                    block += 1
-            while 0 <= block < len(free) and free[block]:
-                free[block] = 0
-                copy(block, source[block])
-                self._release(source[block])
-                block += step
 
-    def _next_free(self) -> int:
-        while self._behind:
-            block = heapq.heappop(self._behind)
-            if self._free[block]:
-                return block
-        found = self._free.find(1, self._cursor)
-        self._cursor = len(self._free) if found < 0 else found
-        return found
+def _then_by_block(ops: OpTable, listed: _Int) -> _Int:
+    rest = np.ones(len(ops), dtype=np.bool_)
+    rest[listed] = False
+    others = np.flatnonzero(rest)
+    return np.concatenate([listed, others[_sorted_by(ops.new_block[others])]])
 
-    def _release(self, block: int) -> None:
-        if block >= len(self._free):
-            return
-        self._readers[block] -= 1
-        if not self._readers[block] and self._source[block] >= 0:
-            self._free[block] = 1
-            if block < self._cursor:
-                heapq.heappush(self._behind, block)
+
+def _reads_source(ops: OpTable) -> npt.NDArray[np.bool_]:
+    return np.isin(ops.type, (OpType.COPY, OpType.XOR))
+
+
+def _sorted_by(blocks: npt.NDArray[np.uint32]) -> _Int:
+    """The stable order of the blocks; much faster than sorting indices."""
+    keys = blocks.astype(np.uint64) << np.uint64(32) | np.arange(len(blocks), dtype=np.uint64)
+    keys.sort()
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)

@@ -1,130 +1,104 @@
-"""Writing a COW v3 file.
+"""Writing COW files: a new one, or on from a label or the end of one that is there.
 
-Order of writes (COW-95, COW-96; a stop after a step leaves what the third column says):
-
-| step | action | a crash after it leaves |
-| --- | --- | --- |
-| 1 | header with op_count 0, zeroed scratch, flush | a valid, empty file |
-| 2 | payloads and op records | the same: nothing counts before the header says so |
-| 3 | flush | the same |
-| 4 | header with the real op_count, flush | the finished file |
-
-A file that must never be seen empty (`cow create`) is written under another name and renamed after step 4.
+The writers are `snapd.cow.writer_v2` and `snapd.cow.writer_v3`, which say in what order they write and what a crash
+leaves; what they have in common is `snapd.cow.basewriter`.
 """
 
 import errno
+from typing import TYPE_CHECKING
 
-from snapd.block.errors import SnapdError
-from snapd.block.store import Buffer, Store
+from snapd.block.store import Store
+from snapd.cow.basewriter import CowWriter
 from snapd.cow.compress import CompressOption
 from snapd.cow.errors import CowError
-from snapd.cow.format import (
-    MAX_OP_COUNT,
-    MAX_UNIT,
-    MIN_UNIT,
-    PROGRESS,
-    PROGRESS_OFFSET,
-    SCRATCH_SIZE,
-    Header,
-    Op,
-    OpType,
-)
+from snapd.cow.format import DEFAULT_CLUSTER_OPS, MIN_UNIT, PROGRESS, PROGRESS_OFFSET, Compression, OpType
+from snapd.cow.writer_v2 import WriterV2
+from snapd.cow.writer_v3 import WriterV3
+from snapd.cow.writeroptions import WriterOptions, check_unit_size, unit_lengths
 
-_WRITE_BYTES = 1 << 20
+if TYPE_CHECKING:
+    from snapd.cow.reader import CowFile
+    from snapd.cow.targetdigests import TargetDigests
 
-
-def check_unit_size(unit: int) -> None:
-    """EINVAL unless `unit` is a legal largest replace unit in bytes (COW-112)."""
-    if not MIN_UNIT <= unit <= MAX_UNIT or unit & (unit - 1):
-        raise SnapdError(errno.EINVAL, f"unit of {unit} bytes: not a power of two from 4 to 256 KiB (COW-112)")
-
-
-def unit_lengths(blocks: int, unit_blocks: int) -> list[int]:
-    """How a run of `blocks` is cut into units: the largest power of two that fits, again and again (COW-113)."""
-    lengths = [unit_blocks] * (blocks // unit_blocks)
-    rest = blocks % unit_blocks
-    while rest:
-        lengths.append(1 << (rest.bit_length() - 1))
-        rest -= lengths[-1]
-    return lengths
+__all__ = [
+    "CowWriter",
+    "WriterOptions",
+    "append_options",
+    "append_writer",
+    "check_unit_size",
+    "create_writer",
+    "mark_merged",
+    "unit_lengths",
+]
 
 
-class CowWriter:
-    """Appends ops to a new file in merge order; the file counts from `finalize` on.
+def create_writer(store: Store | None, options: WriterOptions, digests: "TargetDigests | None" = None) -> CowWriter:
+    """A writer of a new file in place of whatever `store` holds (COW-90); it is durably begun.
 
-    Callers map no target block twice (COW-61) and put copies in an order that merges (COW-75).
+    Without a store it is an estimate: every call works and nothing is kept (COW-130). Errors: EINVAL for options that
+    no file can have, before anything is written; the store's.
     """
+    _check_digests(options, digests)
+    return (WriterV3 if options.version == 3 else WriterV2).create(store, options, digests)
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        op_count_max: int,
-        option: CompressOption,
-        unit: int = MIN_UNIT,
-        scratch: bool = True,
-    ) -> None:
-        check_unit_size(unit)
-        if not 0 <= op_count_max <= MAX_OP_COUNT:
-            raise SnapdError(errno.EINVAL, f"{op_count_max} op slots: a file holds at most {MAX_OP_COUNT} (COW-49)")
-        self._store = store
-        self._header = Header(
-            buffer_size=SCRATCH_SIZE if scratch else 0,
-            op_count_max=op_count_max,
-            compression=option.algorithm,
-            max_compression_size=unit,
-        )
-        self._ops = bytearray()
-        self._op_count = 0
-        self._payloads = bytearray()
-        self._data_end = self._header.data_start
-        store.write(self._header.pack() + bytes(self._header.buffer_size), 0)
-        store.flush()
 
-    @property
-    def size(self) -> int:
-        """Bytes of the finished file (COW-132)."""
-        return self._data_end
+def append_writer(
+    store: Store,
+    cow: "CowFile",
+    compression: CompressOption,
+    *,
+    threads: int = 1,
+    digests: "TargetDigests | None" = None,
+) -> CowWriter:
+    """A writer that goes on behind what `cow`, a parse of `store`, keeps: up to its label, or all (COW-87, COW-88).
 
-    def copy(self, new_block: int, source_block: int) -> None:
-        """Target block `new_block` is source block `source_block`."""
-        self._append(Op(OpType.COPY, new_block, 1, source_block, 0))
+    What lies behind the label is given up at once and durably (COW-95). `digests` are those of a log that was cut
+    back to the same state before. Errors, with nothing changed: those of `append_options`; else the store's.
+    """
+    options = append_options(cow, compression, threads=threads)
+    _check_digests(options, digests)
+    return (WriterV3 if options.version == 3 else WriterV2).append(store, cow, options, digests)
 
-    def zero(self, new_block: int) -> None:
-        """Target block `new_block` is all zeros."""
-        self._append(Op(OpType.ZERO, new_block, 1, 0, 0))
 
-    def replace(self, new_block: int, blocks: int, payload: Buffer) -> None:
-        """`blocks` target blocks (a power of two) from `new_block`, stored as `payload`."""
-        self._append(Op(OpType.REPLACE, new_block, blocks, self._data_end, len(payload)))
-        self._payloads += payload
-        self._data_end += len(payload)
-        if len(self._payloads) >= _WRITE_BYTES:
-            self._write_payloads()
+def append_options(cow: "CowFile", compression: CompressOption, *, threads: int = 1) -> WriterOptions:
+    """What a writer that goes on with `cow` writes: all is the file's but level and threads (COW-87, COW-88).
 
-    def finalize(self) -> None:
-        """Make everything appended so far the durable content of the file (COW-92, COW-96)."""
-        self._write_payloads()
-        self._store.write(self._ops, self._header.ops_start)
-        self._store.flush()
-        self._store.write(self._header.with_ops(self._op_count).pack(), 0)
-        self._store.flush()
-
-    def _append(self, op: Op) -> None:
-        if self._op_count >= self._header.op_count_max:
-            raise CowError(
-                f"all {self._header.op_count_max} op slots are used", statement="COW-127", number=errno.ENOSPC
-            )
-        self._ops += op.pack()
-        self._op_count += 1
-
-    def _write_payloads(self) -> None:
-        if self._payloads:
-            self._store.write(self._payloads, self._data_end - len(self._payloads))
-            self._payloads = bytearray()
+    Errors: EINVAL for a file that was not parsed strictly, and for another compression than the file's (COW-89);
+    EBUSY for one whose merge has begun (COW-148); EOPNOTSUPP for version 1.
+    """
+    header = cow.header
+    if cow.tolerated.count:
+        raise _refused("a file that breaks the rules is not appended to", "COW-208")
+    if header.version == 1:
+        raise _refused("version 1 files are only read", "COW-3", errno.EOPNOTSUPP)
+    if header.num_merge_ops or cow.window_done:
+        raise _refused(f"{header.num_merge_ops} ops are merged, nothing can be added", "COW-148", errno.EBUSY)
+    # Before its first payload a version 2 file has no compression yet.
+    carries = header.version == 3 or bool(((cow.ops.type == OpType.REPLACE) | (cow.ops.type == OpType.XOR)).any())
+    if carries and compression.algorithm != header.compression:
+        file = Compression(header.compression).name.lower()
+        raise _refused(f"compression {compression.algorithm.name.lower()}, the file has {file}", "COW-89")
+    return WriterOptions(
+        version=header.version,
+        compression=compression,
+        block_size=header.block_size,
+        unit=header.max_unit if header.version == 3 else MIN_UNIT,
+        cluster_ops=DEFAULT_CLUSTER_OPS if header.version == 3 else header.cluster_ops,
+        op_count_max=header.op_count_max,
+        threads=threads,
+    )
 
 
 def mark_merged(store: Store, op_count: int) -> None:
     """Durably say in a COW of `op_count` ops that all of them are in the base (COW-145, COW-146)."""
     store.write(PROGRESS.pack(op_count), PROGRESS_OFFSET)
     store.flush()
+
+
+def _check_digests(options: WriterOptions, digests: "TargetDigests | None") -> None:
+    if digests is not None and digests.block_size != options.block_size:
+        raise _refused(f"digests of {digests.block_size} bytes, blocks of {options.block_size}", "COW-216")
+
+
+def _refused(message: str, statement: str, number: int = errno.EINVAL) -> CowError:
+    return CowError(message, statement=statement, number=number)

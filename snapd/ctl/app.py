@@ -8,7 +8,9 @@ import typer
 
 from snapd.ctl import (
     confirm,
+    cow_append,
     cow_create,
+    cow_estimate,
     cow_extract,
     cow_info,
     cow_merge,
@@ -27,7 +29,7 @@ from snapd.ctl.errors import reported
 _GROUPS: dict[str, tuple[str, tuple[ModuleType, ...]]] = {
     "cow": (
         "Create, look into, check and apply COW files; needs no daemon.",
-        (cow_create, cow_info, cow_verify, cow_extract, cow_merge),
+        (cow_create, cow_estimate, cow_info, cow_verify, cow_extract, cow_append, cow_merge),
     ),
     "update": ("Updates: sets of snapshots that are merged and confirmed together.", (update_create, update_show)),
     "snapshot": (

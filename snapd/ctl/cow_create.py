@@ -6,10 +6,20 @@ from typing import Annotated
 
 import typer
 
-from snapd.ctl.errors import usage
+from snapd.cow.xormode import XorMode
+from snapd.ctl.create_options import (
+    CompressionOption,
+    FileFormat,
+    FormatOption,
+    JobsOption,
+    SourceOption,
+    TargetOption,
+    UnitOption,
+    XorOption,
+    create_options,
+)
 from snapd.ctl.output import Format, OutputOption, show
 from snapd.ctl.progress import progress_bar
-from snapd.ctl.sizes import parse_size
 
 
 def register(app: typer.Typer) -> None:
@@ -17,23 +27,20 @@ def register(app: typer.Typer) -> None:
 
 
 def create(
-    source: Annotated[Path, typer.Option(help="The old image.")],
-    target: Annotated[Path, typer.Option(help="The new image.")],
+    source: SourceOption,
+    target: TargetOption,
     out: Annotated[Path, typer.Option(help="The COW file to write; an existing one is replaced as a whole.")],
-    compress: Annotated[str, typer.Option(metavar="ALGO[,LEVEL]", help="zstd, lz4 or none.")] = "zstd",
-    unit: Annotated[str, typer.Option(metavar="SIZE", help="The most that one compressed unit covers.")] = "64KiB",
+    compress: CompressionOption = "zstd",
+    unit: UnitOption = None,
+    file_format: FormatOption = FileFormat.V3,
+    xor: XorOption = XorMode.SAME,
+    jobs: JobsOption = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Write a COW file that turns one image into another."""
-    from snapd.cow.compress import CompressOption
+    """Write a COW file that turns one image into another, and its digests table beside it."""
     from snapd.cow.create import create_cow
-    from snapd.cow.writer import check_unit_size
 
-    with usage("--compress"):
-        option = CompressOption.parse(compress)
-    with usage("--unit"):
-        unit_bytes = parse_size(unit)
-        check_unit_size(unit_bytes)
+    options = create_options(compress, unit, file_format, xor, jobs)
     with progress_bar("creating") as progress:
-        report = create_cow(source, target, out, option, unit_bytes, progress)
+        report = create_cow(source, target, out, options, progress)
     show(asdict(report), output)

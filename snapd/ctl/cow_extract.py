@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from snapd.ctl.cow_options import IgnoreDigestsOption, LabelOption, LenientOption
 from snapd.ctl.errors import usage
 from snapd.ctl.output import Format, OutputOption, show
 from snapd.ctl.progress import progress_bar
@@ -25,6 +26,9 @@ def extract(
     base: Annotated[Path, typer.Option(help="The image it applies to.")],
     out: Annotated[Path, typer.Option(help="The file to write; an existing one is replaced as a whole.")],
     size: Annotated[str | None, typer.Option(metavar="SIZE", help="The image's size in bytes.")] = None,
+    label: LabelOption = None,
+    lenient: LenientOption = False,
+    ignore_digests: IgnoreDigestsOption = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Write the new image (from an undo store: the old image) to a file."""
@@ -33,7 +37,14 @@ def extract(
 
     with usage("--size"):
         size_bytes = None if size is None else parse_size(size)
-    extraction = extract_old if is_undo_store(cow) else extract_image
+    is_undo = is_undo_store(cow)
+    if is_undo and (label is not None or lenient or ignore_digests):
+        raise typer.BadParameter(f"{cow} is an undo store: it has no label, and no fault of it is overlooked")
     with progress_bar("extracting") as progress:
-        report = extraction(cow, base, out, size_bytes, progress)
+        if is_undo:
+            report = extract_old(cow, base, out, size_bytes, progress)
+        else:
+            report = extract_image(
+                *(cow, base, out, size_bytes, progress), label=label, lenient=lenient, ignore_digests=ignore_digests
+            )
     show(asdict(report), output)

@@ -1,4 +1,4 @@
-"""`snapctl cow verify`: is every byte of a COW file usable, and by which merge."""
+"""`snapctl cow verify`: can a COW file be used, by which merge, and is its content right."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from snapd.ctl.cow_options import IgnoreDigestsOption, LabelOption, LenientOption
 from snapd.ctl.errors import FAILED
 from snapd.ctl.output import Format, OutputOption, show
 from snapd.ctl.progress import progress_bar
@@ -17,14 +18,22 @@ def register(app: typer.Typer) -> None:
 
 def verify(
     cow: Annotated[Path, typer.Argument(help="The COW file.")],
-    base: Annotated[Path | None, typer.Option(help="The image it applies to: checks the sizes too.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The image it applies to: checks sizes and, by digests, every block.")
+    ] = None,
+    label: LabelOption = None,
+    lenient: LenientOption = False,
+    payloads: Annotated[bool, typer.Option("--payloads", help="Decode every payload.")] = False,
+    ignore_digests: IgnoreDigestsOption = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Check structure, merge order and every payload of a COW file; exit code 1 if anything is wrong."""
+    """Check structure, merge order and content of a COW file; exit code 1 if anything is wrong."""
     from snapd.cow.verify import verify_cow
 
     with progress_bar("verifying") as progress:
-        report = verify_cow(cow, base, progress)
+        report = verify_cow(
+            cow, base, progress, label=label, lenient=lenient, payloads=payloads, ignore_digests=ignore_digests
+        )
     show(asdict(report), output)
     if not report.ok:
         raise typer.Exit(FAILED)

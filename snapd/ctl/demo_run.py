@@ -21,8 +21,8 @@ from rich.console import Console
 from snapd.api.v1 import snapshots_pb2, updates_pb2
 from snapd.block.errors import SnapdError
 from snapd.client.service import Client
-from snapd.cow.compress import CompressOption
 from snapd.cow.create import create_cow
+from snapd.cow.createoptions import CreateOptions
 from snapd.ctl.demo_compare import compare_device, compare_files
 from snapd.ctl.demo_images import build_images
 from snapd.ctl.demo_reader import VerifyingReader
@@ -76,9 +76,7 @@ def run(directory: str | None) -> DemoReport:
         shutil.copyfile(old, base)
 
         say("The build server's part: a compressed COW file from both")
-        created = _with_bar(
-            "create", lambda bar: create_cow(old, new, cow, CompressOption.parse("zstd"), 64 << 10, bar)
-        )
+        created = _with_bar("create", lambda bar: create_cow(old, new, cow, CreateOptions(), bar))
         say.detail(f"{format_size(created.cow_bytes)} in {created.seconds:.1f} s")
 
         say("A private snapd; the device shows the new system at once, the old one is still on disk")

@@ -1,12 +1,13 @@
 """Results on standard output: a table for people or JSON for programs, from the same record.
 
-A record is a flat mapping; its keys are the JSON's. In a table a key ending in `_bytes` is shown as a size and
-one ending in `seconds` with two decimals, so a verb formats nothing itself.
+A record is a flat mapping; its keys are the JSON's. In a table a key ending in `_bytes` is shown as a size, one ending
+in `seconds` with two decimals and a list with one item a line, so a verb formats nothing itself.
 """
 
 import json
 from collections.abc import Mapping
 from enum import StrEnum
+from itertools import zip_longest
 from typing import Annotated
 
 import typer
@@ -31,10 +32,11 @@ def show(record: Record, output: Format) -> None:
     if output is Format.JSON:
         print(json.dumps(record, indent=2))
         return
-    cells = [(_label(key), _cell(key, value)) for key, value in record.items()]
-    width = max((len(label) for label, _ in cells), default=0)
-    for label, cell in cells:
-        print(f"{label:<{width}}  {cell}".rstrip())
+    width = max((len(_label(key)) for key in record), default=0)
+    for key, value in record.items():
+        items = (value or (None,)) if isinstance(value, list | tuple) else (value,)
+        for label, item in zip_longest((_label(key),), items, fillvalue=""):
+            print(f"{label:<{width}}  {_cell(key, item)}".rstrip())
 
 
 def _label(key: str) -> str:
@@ -50,6 +52,4 @@ def _cell(key: str, value: object) -> str:
         return format_size(value)
     if key.endswith("seconds") and isinstance(value, int | float):
         return f"{value:.2f}"
-    if isinstance(value, list | tuple):
-        return ", ".join(str(item) for item in value) or "-"
     return str(value)

@@ -51,7 +51,7 @@ class Descriptors(NamedTuple):
 
     cow: int
     base: int
-    block_map: int
+    extent_map: int
     shared_map: int
     undo_directory: int
     worker_fence: int

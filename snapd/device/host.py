@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from snapd.block.clock import Clock
 from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 from snapd.device.config import Descriptors, DeviceConfig
 from snapd.device.control import ControlPort
 from snapd.device.export import Export
@@ -125,7 +125,7 @@ class Host:
         try:
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BUFFER_BYTES)
-            fds = (theirs.fileno(), given.cow, given.base, given.block_map, given.shared_map, given.undo_directory)
+            fds = (theirs.fileno(), given.cow, given.base, given.extent_map, given.shared_map, given.undo_directory)
             child = Child.spawn_fenced("snapd.worker", [], fds, fence.path_of(given.worker_fence))
         except OSError as error:
             ours.close()
@@ -139,14 +139,14 @@ class Host:
 
 
 def _load_maps(config: DeviceConfig, descriptors: Descriptors) -> tuple[SharedMap, int]:
-    block_map = BlockMap.load(descriptors.block_map)
+    extent_map = ExtentMap.load(descriptors.extent_map)
     shared = SharedMap(descriptors.shared_map)
     if shared.snapshot != uuid.UUID(config.snapshot):
         raise SnapdError(errno.EINVAL, f"shared map of snapshot {shared.snapshot}, not {config.snapshot}")
-    image_bytes = block_map.block_count * block_map.block_size
-    if shared.block_count != block_map.block_count or config.size_bytes != image_bytes:
+    image_bytes = extent_map.block_count * extent_map.block_size
+    if shared.block_count != extent_map.block_count or config.size_bytes != image_bytes:
         raise SnapdError(
             errno.EINVAL,
             f"a device of {config.size_bytes} bytes over maps of {image_bytes} bytes and {shared.block_count} blocks",
         )
-    return shared, block_map.block_size
+    return shared, extent_map.block_size

@@ -92,7 +92,7 @@ class DeviceHost:
                 os.close(fd)
             return None
         given = Descriptors.from_message(fds)
-        resources = Resources(given.cow, given.base, given.block_map, given.shared_map, given.undo_directory)
+        resources = Resources(given.cow, given.base, given.extent_map, given.shared_map, given.undo_directory)
         listeners = Listeners(
             nbd=socket.socket(fileno=given.nbd_listener), control=socket.socket(fileno=given.control_listener)
         )
@@ -159,7 +159,7 @@ class DeviceHost:
         given = Descriptors(
             cow=resources.cow_fd,
             base=resources.base_fd,
-            block_map=resources.block_map_fd,
+            extent_map=resources.extent_map_fd,
             shared_map=resources.shared_map_fd,
             undo_directory=resources.undo_fd,
             worker_fence=self._worker_fence_fd,

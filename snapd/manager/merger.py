@@ -80,7 +80,7 @@ class MergerProcess:
         fds = [
             resources.cow_fd,
             resources.base_fd,
-            resources.block_map_fd,
+            resources.extent_map_fd,
             resources.shared_map_fd,
             resources.undo_fd,
         ]

@@ -5,7 +5,7 @@
     STATE/reserve                       room for them when the file system is full
     STATE/snapshots/UUID/undo/          undo.cow, undo.cow.digests, state: the way back, and the truth about a merge
     RUN/devices/D/                      control.sock, nbd.sock; host.fence, worker.fence, merger.fence;
-                                        block.map, shared.map: all of it can be made again
+                                        extent.map, shared.map: all of it can be made again
 
 RUN is STATE/run, or a directory of its own where a socket path below STATE would exceed the kernel's limit.
 """
@@ -34,7 +34,7 @@ class DevicePaths:
         self.host_fence = str(directory / "host.fence")
         self.worker_fence = str(directory / "worker.fence")
         self.merger_fence = str(directory / "merger.fence")
-        self.block_map = str(directory / "block.map")
+        self.extent_map = str(directory / "extent.map")
         self.shared_map = str(directory / "shared.map")
 
     def remove(self) -> None:

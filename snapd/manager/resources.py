@@ -14,8 +14,9 @@ from uuid import UUID
 from snapd.block.errors import SnapdError
 from snapd.block.file import BlockDeviceStore, file_store
 from snapd.block.lock import open_locked
-from snapd.cow.blockmap import BlockMap
 from snapd.cow.claim import check_unclaimed
+from snapd.cow.digests import load_digests
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.history import holds_new_image
 from snapd.cow.reader import CowFile
 from snapd.manager.paths import DevicePaths, ServicePaths
@@ -53,9 +54,9 @@ def inspect(base_path: str, cow_path: str) -> Inspection:
             raise SnapdError(
                 errno.ENOSPC, f"{base_path} has {base.size()} bytes, the new image needs {cow.target_size(0)}"
             )
-        block_map = cow.block_map(base.size())
-        changed = sum(extent.length for extent in block_map.changed_extents(0, block_map.block_count))
-        return Inspection(base.size(), cow.target_size(base.size()), changed * block_map.block_size)
+        extent_map = cow.extent_map(base.size(), digests=load_digests(cow_path, cow))
+        new_size = extent_map.block_count * extent_map.block_size
+        return Inspection(base.size(), new_size, extent_map.changed_blocks() * extent_map.block_size)
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ class Resources:
 
     cow_fd: int
     base_fd: int
-    block_map_fd: int
+    extent_map_fd: int
     shared_map_fd: int
     undo_fd: int
 
@@ -90,19 +91,24 @@ class Resources:
             cow = CowFile.parse(file_store(cow_fd, record.cow_path))
             # After the confirmation the base alone is the image.
             merged = record.state is SnapshotState.CONFIRMED
-            block_map = cow.block_map(record.old_size_bytes, record.new_size_bytes, merged=merged)
-            block_map_fd = _create(paths.block_map, stack)
-            block_map.save(block_map_fd)
+            extent_map = cow.extent_map(
+                record.old_size_bytes,
+                record.new_size_bytes,
+                merged=merged,
+                digests=load_digests(record.cow_path, cow),
+            )
+            extent_map_fd = _create(paths.extent_map, stack)
+            extent_map.save(extent_map_fd)
             shared_map_fd = _create(paths.shared_map, stack)
-            shared = SharedMap.create(shared_map_fd, block_map, UUID(record.uuid), _GENERATION)
+            shared = SharedMap.create(shared_map_fd, extent_map, UUID(record.uuid), _GENERATION)
             undo_fd = _open_undo(service, record.uuid, stack)
-            _restore(shared, block_map, undo_fd)
+            _restore(shared, extent_map, undo_fd)
             stack.pop_all()
-            return cls(cow_fd, base_fd, block_map_fd, shared_map_fd, undo_fd)
+            return cls(cow_fd, base_fd, extent_map_fd, shared_map_fd, undo_fd)
 
     def close(self) -> None:
         """Close our copies; the locks stay while a child holds its own."""
-        for fd in (self.cow_fd, self.base_fd, self.block_map_fd, self.shared_map_fd, self.undo_fd):
+        for fd in (self.cow_fd, self.base_fd, self.extent_map_fd, self.shared_map_fd, self.undo_fd):
             os.close(fd)
 
 
@@ -144,11 +150,11 @@ def _open_pair(base_path: str, cow_path: str, stack: contextlib.ExitStack) -> tu
     return base_fd, cow_fd
 
 
-def _restore(shared: SharedMap, block_map: BlockMap, undo_fd: int) -> None:
+def _restore(shared: SharedMap, extent_map: ExtentMap, undo_fd: int) -> None:
     """Publish how far the merge is before anybody reads through the map: the base may be new already."""
     files = UndoDirectory(undo_fd)
     try:
-        restore_shared_map(shared, block_map, files)
+        restore_shared_map(shared, extent_map, files)
     finally:
         files.close()
 

@@ -1,6 +1,6 @@
 """The merger process: `python -I -m snapd.merge --snapshot UUID`, one per merging snapshot, niced.
 
-Descriptors: 3 control connection, 4 COW, 5 base, 6 block map, 7 shared map, 8 undo directory, 9 fence lock.
+Descriptors: 3 control connection, 4 COW, 5 base, 6 extent map, 7 shared map, 8 undo directory, 9 fence lock.
 
 Events on the control connection, one JSON object a packet: `progress` (done_bytes, total_bytes, phase "merge" or
 "read_back"; at most ten a second, left out when the peer does not drain), then one of `merged` (MERGED and read
@@ -20,7 +20,7 @@ import uuid
 from snapd.block.clock import Clock, SystemClock
 from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 from snapd.merge.engine import Merge
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.statefile import Phase, ReadBack
@@ -28,7 +28,7 @@ from snapd.merge.undodir import UndoDirectory
 from snapd.merge.work import Hooks
 from snapd.proc import control, fence
 
-CONTROL_FD, COW_FD, BASE_FD, BLOCK_MAP_FD, SHARED_MAP_FD, UNDO_DIRECTORY_FD, FENCE_FD = range(3, 10)
+CONTROL_FD, COW_FD, BASE_FD, EXTENT_MAP_FD, SHARED_MAP_FD, UNDO_DIRECTORY_FD, FENCE_FD = range(3, 10)
 NICENESS = 10
 _PROGRESS_INTERVAL_MS = 100
 _LAST_WORD_TIMEOUT_S = 5.0
@@ -84,12 +84,12 @@ class Reporter:
 
 def merge(snapshot: uuid.UUID, reporter: Reporter) -> control.Message:
     """Run the merge to its end, or to where it was stopped; what to say of it."""
-    block_map = BlockMap.load(BLOCK_MAP_FD)
+    extent_map = ExtentMap.load(EXTENT_MAP_FD)
     shared = SharedMap(SHARED_MAP_FD, writable=True)
     files = UndoDirectory(UNDO_DIRECTORY_FD)
     state = Merge(
         snapshot=snapshot,
-        block_map=block_map,
+        extent_map=extent_map,
         cow=file_store(COW_FD, "COW"),
         base=file_store(BASE_FD, "base"),
         files=files,

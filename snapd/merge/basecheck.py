@@ -12,7 +12,7 @@ import numpy as np
 from snapd.block.bio import SECTOR_BYTES
 from snapd.block.errors import SnapdError
 from snapd.block.store import Store, read_bytes
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 from snapd.merge.engine import PIECE_BYTES
 from snapd.merge.statefile import Phase, ReadBack, State
 from snapd.merge.targets import Targets
@@ -20,7 +20,7 @@ from snapd.merge.undodir import UndoFiles
 from snapd.merge.views import open_views
 
 
-def check_begun_base(state: State, block_map: BlockMap, cow: Store, base: Store, files: UndoFiles) -> None:
+def check_begun_base(state: State, extent_map: ExtentMap, cow: Store, base: Store, files: UndoFiles) -> None:
     """EINVAL unless `base` is where the merge that `state` and the undo store speak of was begun.
 
     A block that is done reads as N. Any other block of T has, sector by sector, old or new content: more than that
@@ -32,12 +32,12 @@ def check_begun_base(state: State, block_map: BlockMap, cow: Store, base: Store,
         )
     # The undo store outlives CONFIRMED until the COW is marked, so that this check can still be made.
     phase = Phase.MERGED if state.phase is Phase.CONFIRMED else state.phase
-    views = open_views(replace(state, phase=phase), block_map, cow, base, files)
+    views = open_views(replace(state, phase=phase), extent_map, cow, base, files)
     done_block = 0
     if phase is Phase.MERGING or (phase is Phase.MERGED and state.read_back is not ReadBack.FAILED):
         done_block = state.next_block
-    block_size = block_map.block_size
-    targets = Targets(block_map, PIECE_BYTES)
+    block_size = extent_map.block_size
+    targets = Targets(extent_map, PIECE_BYTES)
     for piece in targets.pieces(0):
         start, end = piece.start * block_size, piece.end * block_size
         # What lies behind O has no old content; it is known once it is done.

@@ -31,7 +31,7 @@ import numpy as np
 from snapd.block.errors import SnapdError
 from snapd.block.file import BlockDeviceStore
 from snapd.block.store import Store
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.format import SOURCE_LIMIT, OpType
 from snapd.merge.backward import roll_back_spans
 from snapd.merge.forward import merge_spans
@@ -55,7 +55,7 @@ _NO_HOOKS = Hooks()
 class Merge:
     """One snapshot's merge and its undoing, over stores; one run at a time.
 
-    `block_map` is C's map over O's size, `shared` a map that readers of this merge share. A run that is asked to stop
+    `extent_map` is C's map over O's size, `shared` a map that readers of this merge share. A run that is asked to stop
     returns early and another one continues. Both directions may be repeated, interrupted and turned round in any
     order and converge.
 
@@ -67,7 +67,7 @@ class Merge:
         self,
         *,
         snapshot: uuid.UUID,
-        block_map: BlockMap,
+        extent_map: ExtentMap,
         cow: Store,
         base: Store,
         files: UndoFiles,
@@ -77,19 +77,19 @@ class Merge:
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self._snapshot = snapshot
-        self._map = block_map
+        self._map = extent_map
         self._cow = cow
         self._base = base
         self._files = files
         self._shared = shared
         self._work = Work(
-            block_map=block_map,
+            extent_map=extent_map,
             cow=cow,
             base=base,
             state_store=files.state,
             shared=shared,
             hooks=hooks,
-            span_bytes=span_bytes or _span_bytes(block_map),
+            span_bytes=span_bytes or _span_bytes(extent_map.changed_blocks() * extent_map.block_size),
             piece_bytes=piece_bytes,
         )
 
@@ -210,12 +210,14 @@ class Merge:
                 errno.ENOSPC, f"base: a device of {self._base.size()} bytes, the new image has {self._work.new_size}"
             )
         old_blocks, new_blocks = old_size // block_size, self._map.block_count
-        info = np.frombuffer(self._map.ops, dtype="<u8")[1::2]
-        copied = info[info >> np.uint64(60) == OpType.COPY] & np.uint64(SOURCE_LIMIT - 1)
-        if copied.size and int(copied.max()) >= old_blocks:
-            raise SnapdError(
-                errno.EINVAL, f"COW: copies from block {copied.max()}, the old image has {old_blocks} (UNDO-23)"
-            )
+        info = np.frombuffer(self._map.records, dtype="<u8")[1::2]
+        for kind, unit, limit in ((OpType.COPY, "block", old_blocks), (OpType.XOR, "byte", old_size - block_size + 1)):
+            read = info[info >> np.uint64(60) == kind] & np.uint64(SOURCE_LIMIT - 1)
+            if read.size and int(read.max()) >= limit:
+                raise SnapdError(
+                    errno.EINVAL,
+                    f"COW: a {kind.name} op reads {unit} {read.max()}, the old image has {old_blocks} blocks (UNDO-23)",
+                )
         if self._work.targets.count(old_blocks, new_blocks) < new_blocks - old_blocks:
             raise SnapdError(errno.EINVAL, "COW: a block behind the old image has no op (UNDO-23)")
 
@@ -229,7 +231,6 @@ class Merge:
         self._base.flush()
 
 
-def _span_bytes(block_map: BlockMap) -> int:
+def _span_bytes(changed_bytes: int) -> int:
     """As long as a flush is worth, but so that also a small merge has some progress to show and to resume from."""
-    blocks = int(np.count_nonzero(np.frombuffer(block_map.op_of_block, dtype=np.int32) >= 0))
-    return min(max(blocks * block_map.block_size // _SPANS_AT_LEAST, MIN_SPAN_BYTES), MAX_SPAN_BYTES)
+    return min(max(changed_bytes // _SPANS_AT_LEAST, MIN_SPAN_BYTES), MAX_SPAN_BYTES)

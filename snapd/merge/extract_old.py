@@ -14,21 +14,28 @@ import time
 from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore, file_store
 from snapd.block.newfile import new_file
-from snapd.cow.diff import Progress
 from snapd.cow.extract import ExtractReport, copy_image
+from snapd.cow.progress import Progress
 from snapd.merge.oldview import OldImage
 from snapd.merge.statefile import read_state
 from snapd.merge.undodir import STATE_NAME
 from snapd.merge.undostore import UndoStore
-from snapd.merge.undotable import SUFFIX
+from snapd.merge.undotable import MAGIC, SUFFIX
 
 _STABLE_TRIES = 100
 _Path = str | os.PathLike[str]
 
 
 def is_undo_store(path: _Path) -> bool:
-    """Whether `path` has an undo store's side table beside it."""
-    return os.path.lexists(os.fspath(path) + SUFFIX)
+    """Whether the table beside `path` is an undo store's: an ordinary COW may have a table too (COW-216)."""
+    table = os.fspath(path) + SUFFIX
+    try:
+        with open(table, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise SnapdError.from_os(error, f"read {table}") from error
 
 
 def extract_old(
@@ -56,10 +63,10 @@ def extract_old(
         if base.size() < undo.size:
             raise SnapdError(errno.EINVAL, f"{base_name}: {base.size()} bytes, the old image had {undo.size}")
         out = stack.enter_context(new_file(os.fspath(out_path), inputs=[path, path + SUFFIX, base_name]))
-        copy_image(OldImage(base, lambda: _op_count(undo), lambda: undo), size, out, progress)
+        copy_image(lambda: OldImage(base, lambda: _op_count(undo), lambda: undo), size, out, progress, threads=1)
         if not _is_still(path, found):
             raise SnapdError(errno.EAGAIN, f"{path}: the merge was confirmed or undone meanwhile")
-        return ExtractReport(size, time.monotonic() - begin)
+        return ExtractReport(size, time.monotonic() - begin, digests="checked")
 
 
 def _durable_ops(path: str) -> int:

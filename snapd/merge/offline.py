@@ -30,8 +30,9 @@ from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
 from snapd.block.lock import open_locked
 from snapd.block.store import Store
-from snapd.cow.blockmap import BlockMap
 from snapd.cow.claim import check_unclaimed, claim_path
+from snapd.cow.digests import DigestTable, load_digests
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.history import holds_new_image, record_merge
 from snapd.cow.reader import CowFile
 from snapd.merge.basecheck import check_begun_base
@@ -56,9 +57,12 @@ class MergeReport:
     seconds: float
 
 
-def merge_offline(cow_path: str, base_path: str, progress: Callable[[int, int], None]) -> MergeReport:
+def merge_offline(
+    cow_path: str, base_path: str, progress: Callable[[int, int], None], *, ignore_digests: bool = False
+) -> MergeReport:
     """Make the base what the COW describes; `progress` gets (bytes done, bytes in all), reading back included.
 
+    Every block that is written is compared with its digest first, where the COW has a table (COW-216).
     Errors: EBUSY when either file is in use; EBADMSG or EINVAL for a COW, base or undo directory that do not belong
     together, with nothing changed; ENOSPC; EIO. After any error or stop the call can be repeated.
     """
@@ -71,12 +75,13 @@ def merge_offline(cow_path: str, base_path: str, progress: Callable[[int, int], 
         directory = _undo_path(cow_path)
         if _is_over(cow, cow_path, cow_store, base, directory):
             _remove_directory(directory)
-            return MergeReport(already_merged=cow.header.op_count > 0, seconds=time.monotonic() - started)
+            return MergeReport(already_merged=cow.op_count > 0, seconds=time.monotonic() - started)
+        digests = None if ignore_digests else load_digests(cow_path, cow)
         if not os.path.lexists(directory):
-            cow.block_map(base.size())
+            cow.extent_map(base.size(), digests=digests)
             _make_directory(directory)
         with _undo_directory(directory) as files:
-            report = _merge(cow, cow_path, cow_store, base, files, progress)
+            report = _merge(cow, cow_path, cow_store, base, files, digests, progress)
         _remove_directory(directory)
         return replace(report, seconds=time.monotonic() - started)
 
@@ -89,7 +94,7 @@ def _is_over(cow: CowFile, cow_path: str, cow_store: Store, base: Store, directo
             state = files.read_state()
         if state is not None and not (state.phase is Phase.CONFIRMED and cow.is_merged):
             return False
-    if not cow.header.op_count or holds_new_image(cow, cow_path, cow_store, base):
+    if not cow.op_count or holds_new_image(cow, cow_path, cow_store, base):
         return True
     if state is not None:
         raise SnapdError(errno.EINVAL, f"{cow_path}: a merge of it has just ended, on another base than this one")
@@ -102,20 +107,21 @@ def _merge(
     cow_store: Store,
     base: Store,
     files: UndoDirectory,
+    digests: DigestTable | None,
     progress: Callable[[int, int], None],
 ) -> MergeReport:
     """Steps 3 to 6."""
     state = files.read_state()
-    block_map = _block_map(cow, base, files, state)
+    extent_map = _extent_map(cow, base, files, state, digests)
     if state is not None:
-        check_begun_base(state, block_map, cow_store, base, files)
+        check_begun_base(state, extent_map, cow_store, base, files)
     written_bytes = 0
     if state is None or state.phase is not Phase.CONFIRMED:
         snapshot = uuid.uuid4() if state is None else state.snapshot
-        with _fresh_shared_map(block_map, snapshot) as shared:
+        with _fresh_shared_map(extent_map, snapshot) as shared:
             merge = Merge(
                 snapshot=snapshot,
-                block_map=block_map,
+                extent_map=extent_map,
                 cow=cow_store,
                 base=base,
                 files=files,
@@ -127,30 +133,32 @@ def _merge(
             merge.run()
             state = merge.confirm()
             written_bytes = merge.written_bytes
-    undo = open_undo(replace(state, phase=Phase.MERGED), block_map, files)
+    undo = open_undo(replace(state, phase=Phase.MERGED), extent_map, files)
     assert undo is not None
     record_merge(cow, cow_path, cow_store, state.old_digest, state.new_digest)
     grown_bytes = max(0, state.new_size_bytes - state.old_size_bytes)
     return MergeReport(
         already_merged=False,
-        changed_bytes=undo.saved_blocks() * block_map.block_size + grown_bytes,
+        changed_bytes=undo.saved_blocks() * extent_map.block_size + grown_bytes,
         written_bytes=written_bytes,
         undo_bytes=undo.size_bytes,
         seconds=0,
     )
 
 
-def _block_map(cow: CowFile, base: Store, files: UndoDirectory, state: State | None) -> BlockMap:
+def _extent_map(
+    cow: CowFile, base: Store, files: UndoDirectory, state: State | None, digests: DigestTable | None
+) -> ExtentMap:
     """C over the old image's size, which a base that has grown does not tell any more."""
     if state is None:
-        return cow.block_map(base.size())
+        return cow.extent_map(base.size(), digests=digests)
     if state.phase is not Phase.ROLLED_BACK:
         _, table = files.open_undo()
         if UndoIdentity.read(table).ops_digest != cow.ops_digest:
             raise SnapdError(
                 errno.EINVAL, "the undo directory beside this COW belongs to the unfinished merge of another COW"
             )
-    return cow.block_map(state.old_size_bytes, state.new_size_bytes)
+    return cow.extent_map(state.old_size_bytes, state.new_size_bytes, digests=digests)
 
 
 def _undo_path(cow_path: str) -> str:
@@ -186,11 +194,11 @@ def _undo_directory(path: str) -> Iterator[UndoDirectory]:
 
 
 @contextmanager
-def _fresh_shared_map(block_map: BlockMap, snapshot: uuid.UUID) -> Iterator[SharedMap]:
+def _fresh_shared_map(extent_map: ExtentMap, snapshot: uuid.UUID) -> Iterator[SharedMap]:
     """The map of a merge that nobody else reads."""
     fd = os.memfd_create("snapd-shared-map", os.MFD_CLOEXEC)
     try:
-        yield SharedMap.create(fd, block_map, snapshot, generation=0)
+        yield SharedMap.create(fd, extent_map, snapshot, generation=0)
     finally:
         os.close(fd)
 

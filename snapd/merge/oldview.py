@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from snapd.block.errors import SnapdError
 from snapd.block.store import Readable, Store, WritableBuffer
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.undostore import UndoStore
 
@@ -84,8 +84,8 @@ class OldImage:
 class OldView(OldImage):
     """The old view of a mapped snapshot, as its worker reads it: U lies in the undo directory."""
 
-    def __init__(self, base: Store, undo_directory_fd: int, shared: SharedMap, block_map: BlockMap) -> None:
+    def __init__(self, base: Store, undo_directory_fd: int, shared: SharedMap, extent_map: ExtentMap) -> None:
         def open_undo() -> UndoStore:
-            return UndoStore.open(UNDO_NAME, dir_fd=undo_directory_fd, targets=block_map)
+            return UndoStore.open(UNDO_NAME, dir_fd=undo_directory_fd, targets=extent_map)
 
         super().__init__(base, lambda: shared.undo_op_count, open_undo)

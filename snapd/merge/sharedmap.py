@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 from snapd.block.errors import SnapdError
 from snapd.block.extent import Extent
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 
 _MAGIC = b"SNAPDSHM"
 _HEAD = struct.Struct("<8sQQQ16s16x")
@@ -41,7 +41,6 @@ PENDING = 2
 """The base cannot be used as it is."""
 _PENDING_BYTE = bytes([PENDING])
 _PENDING_RUN = re.compile(_PENDING_BYTE + b"+")
-_PENDING_IF_OP = bytes([PENDING] * 128 + [UNTOUCHED] * 128)
 _TO_MERGED = bytes([UNTOUCHED, MERGED, MERGED]) + bytes(253)
 _TO_PENDING = bytes([UNTOUCHED, PENDING, PENDING]) + bytes(253)
 
@@ -62,11 +61,12 @@ class SharedMap:
         self._words = memoryview(self._map)[: _HEAD.size].cast("Q")
 
     @classmethod
-    def create(cls, fd: int, block_map: BlockMap, snapshot: uuid.UUID, generation: int) -> "SharedMap":
+    def create(cls, fd: int, extent_map: ExtentMap, snapshot: uuid.UUID, generation: int) -> "SharedMap":
         """Fill the empty file `fd` for a merge that has not begun."""
-        # The sign byte of a little-endian int32 op index is 0xff for "no op" and below 0x80 for any op.
-        states = bytes(block_map.op_of_block.cast("B")[3::4]).translate(_PENDING_IF_OP)
-        head = _HEAD.pack(_MAGIC, generation, 0, block_map.block_count, snapshot.bytes)
+        states = bytearray(extent_map.block_count)
+        for extent in extent_map.changed_extents(0, extent_map.block_count):
+            states[extent.start : extent.end] = _PENDING_BYTE * extent.length
+        head = _HEAD.pack(_MAGIC, generation, 0, extent_map.block_count, snapshot.bytes)
         with os.fdopen(os.dup(fd), "wb") as file:
             file.write(head + states)
         return cls(fd, writable=True)

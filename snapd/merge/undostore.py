@@ -12,19 +12,23 @@ Workers read U: nothing here imports numpy.
 import errno
 import os
 from array import array
+from bisect import bisect_right
 
 import xxhash
 
 from snapd.block.errors import SnapdError
+from snapd.block.extent import Extent
 from snapd.block.file import FileStore
-from snapd.block.store import Store, WritableBuffer, read_bytes
-from snapd.cow.blockmap import NO_OP, BlockMap
-from snapd.cow.format import HEADER_SIZE, OP_SIZE, Compression, Header, Op, OpType
-from snapd.cow.view import CowView
+from snapd.block.store import Buffer, Store, WritableBuffer, read_bytes
+from snapd.cow.compress import Decoder
+from snapd.cow.extentmap import ExtentMap
+from snapd.cow.format import OP_SIZE_V3, Compression, OpType
+from snapd.cow.header import MAX_HEADER_SIZE, Header
+from snapd.cow.op import Op
+from snapd.cow.units import UnitReader
 from snapd.merge.undotable import ENTRY_SIZE, SUFFIX, TABLE_START, UndoIdentity, unit_digest_if_whole
 
 _LOAD_OPS = 1 << 16
-_DAMAGED = -2
 _SAVED = b"\1"
 _LACKING = b"\0"
 
@@ -36,10 +40,15 @@ class UndoStore:
     Errors: EBADMSG for a store or table that is missing a part, damaged or not one.
     """
 
-    def __init__(self, store: Store, table: Store, targets: BlockMap | None = None) -> None:
+    def __init__(self, store: Store, table: Store, targets: ExtentMap | None = None) -> None:
         self.identity = UndoIdentity.read(table)
-        self.header = Header.unpack(read_bytes(store, 0, min(store.size(), HEADER_SIZE)))
-        if self.header.compression != Compression.LZ4 or self.header.buffer_size or self.header.num_merge_ops:
+        self.header = Header.unpack(read_bytes(store, 0, min(store.size(), MAX_HEADER_SIZE)))
+        if (
+            self.header.version != 3
+            or self.header.compression != Compression.LZ4
+            or self.header.buffer_size
+            or self.header.num_merge_ops
+        ):
             raise SnapdError(errno.EBADMSG, "undo store: another kind of COW file (UNDO-18)")
         self.damaged_ops = 0
         self.data_end = self.header.data_start
@@ -50,25 +59,24 @@ class UndoStore:
         blocks = self.identity.old_size_bytes // self.header.block_size
         # One byte a block of O beside the index: finding a run is then one search in C.
         self._saved = bytearray(blocks)
-        self._op_of_block = array("i", [NO_OP]) * blocks
+        # Of every whole op, ascending: its first block and its index.
+        self._starts = array("I")
+        self._indices = array("I")
         self._ops = bytearray()
         self._unit_digests = array("Q")
         # Where the last whole op ended, and whether damaged ones follow it.
         self._end = 0
         self._damaged_tail = False
-        block_map = BlockMap(
+        self._units = UnitReader(
+            store,
+            Decoder(Compression.LZ4, version=3),
             block_size=self.header.block_size,
-            compression=Compression.LZ4,
-            max_unit=self.header.max_compression_size,
-            ops_digest=0,
-            op_of_block=memoryview(self._op_of_block),
-            ops=self._ops,
+            max_unit=self.header.max_unit,
+            check=self._check_unit,
         )
-        nowhere = _Nowhere()
-        self._view = CowView(block_map, store, source=nowhere, base=nowhere, check_unit=self._check_unit)
 
     @classmethod
-    def open(cls, path: str, *, dir_fd: int | None = None, targets: BlockMap | None = None) -> "UndoStore":
+    def open(cls, path: str, *, dir_fd: int | None = None, targets: ExtentMap | None = None) -> "UndoStore":
         """The store at `path` with its table beside it, read-only; nothing loaded yet. `close` gives them back."""
         fds: list[int] = []
         try:
@@ -94,7 +102,7 @@ class UndoStore:
     @property
     def op_count(self) -> int:
         """Ops loaded."""
-        return len(self._ops) // OP_SIZE
+        return len(self._ops) // OP_SIZE_V3
 
     @property
     def size(self) -> int:
@@ -108,7 +116,7 @@ class UndoStore:
 
     def stored_op_count(self) -> int:
         """How many ops the store's header says there are, now."""
-        return Header.unpack(read_bytes(self._store, 0, HEADER_SIZE)).op_count
+        return Header.unpack(read_bytes(self._store, 0, MAX_HEADER_SIZE)).op_count
 
     def saved_blocks(self) -> int:
         """Blocks that the loaded ops hold."""
@@ -124,10 +132,10 @@ class UndoStore:
         while self.op_count < op_count:
             first = self.op_count
             count = min(op_count - first, _LOAD_OPS)
-            records = read_bytes(self._store, self.header.ops_start + first * OP_SIZE, count * OP_SIZE)
+            records = read_bytes(self._store, self.header.ops_start + first * OP_SIZE_V3, count * OP_SIZE_V3)
             entries = read_bytes(self._table, TABLE_START + first * ENTRY_SIZE, count * ENTRY_SIZE)
             for i in range(count):
-                record = records[i * OP_SIZE : (i + 1) * OP_SIZE]
+                record = records[i * OP_SIZE_V3 : (i + 1) * OP_SIZE_V3]
                 self._add(first + i, record, unit_digest_if_whole(entries, i * ENTRY_SIZE, record))
         self._fail_gap(len(self._saved))
 
@@ -143,7 +151,29 @@ class UndoStore:
 
     def read_into(self, buffer: WritableBuffer, offset: int) -> None:
         """Old content from byte `offset`, all of it in saved blocks; EBADMSG where it is damaged (UNDO-15)."""
-        self._view.read_into(buffer, offset)
+        out = memoryview(buffer)
+        block_size = self.header.block_size
+        at = 0
+        while at < len(out):
+            index, op = self._op_of((offset + at) // block_size)
+            within = offset + at - op.new_block * block_size
+            length = min(op.blocks * block_size - within, len(out) - at)
+            if op.type is OpType.ZERO:
+                out[at : at + length] = bytes(length)
+            else:
+                unit = self._units.cached(index) or self._units.read(index, op, op.source)
+                out[at : at + length] = memoryview(unit)[within : within + length]
+            at += length
+
+    def _op_of(self, block: int) -> tuple[int, Op]:
+        """The whole op that has the block, and its index; EBADMSG when a damaged one may have it."""
+        place = bisect_right(self._starts, block) - 1
+        if place >= 0:
+            index = self._indices[place]
+            op = Op.unpack(self._ops, index * OP_SIZE_V3)
+            if block < op.new_block + op.blocks:
+                return index, op
+        raise SnapdError(errno.EBADMSG, f"undo store: a damaged op hides block {block}")
 
     def _add(self, index: int, record: bytes, digest: int | None) -> None:
         op = None if digest is None else self._op_in_order(record)
@@ -155,7 +185,8 @@ class UndoStore:
             return
         self._fail_gap(op.new_block)
         end = op.new_block + op.blocks
-        self._op_of_block[op.new_block : end] = array("i", [index]) * op.blocks
+        self._starts.append(op.new_block)
+        self._indices.append(index)
         self._saved[op.new_block : end] = _SAVED * op.blocks
         self._end = end
         if op.type is OpType.REPLACE:
@@ -173,22 +204,15 @@ class UndoStore:
         if not self._damaged_tail:
             return
         blocks = len(self._saved) if self._targets is None else self._targets.block_count
-        for block in range(self._end, min(next_start, blocks)):
-            if self._targets is None or self._targets.op_of_block[block] >= 0:
-                self._op_of_block[block] = _DAMAGED
-                self._saved[block : block + 1] = _SAVED
+        end = min(next_start, blocks)
+        gap = Extent(self._end, end - self._end)
+        for extent in [gap] if self._targets is None else self._targets.changed_extents(self._end, end):
+            self._saved[extent.start : extent.end] = _SAVED * extent.length
         self._damaged_tail = False
 
-    def _check_unit(self, index: int, unit: bytes) -> None:
+    def _check_unit(self, index: int, unit: Buffer) -> None:
         if xxhash.xxh3_64_intdigest(unit) != self._unit_digests[index]:
             raise SnapdError(errno.EBADMSG, f"undo store: op {index}: the unit does not match its digest (UNDO-15)")
-
-
-class _Nowhere:
-    """Where blocks that no whole op serves would come from."""
-
-    def read_into(self, buffer: WritableBuffer, offset: int) -> None:
-        raise SnapdError(errno.EBADMSG, f"undo store: a damaged op hides bytes {offset} to {offset + len(buffer)}")
 
 
 def _close(fds: list[int] | tuple[int, ...]) -> None:

@@ -26,10 +26,10 @@ from snapd.block.errors import SnapdError
 from snapd.block.store import Buffer, Store, read_bytes
 
 SUFFIX = ".digests"
+MAGIC = b"SNAPDUND"
 TABLE_START = 64
 ENTRY_SIZE = 24
 
-_MAGIC = b"SNAPDUND"
 _HEAD = struct.Struct("<8sI4x16sQQQ")
 _CRC = struct.Struct("<I")
 _DIGESTS = struct.Struct("<QQ")
@@ -47,7 +47,7 @@ class UndoIdentity:
 
     def pack(self) -> bytes:
         """The table's first `TABLE_START` bytes."""
-        head = _HEAD.pack(_MAGIC, 1, self.snapshot.bytes, self.generation, self.ops_digest, self.old_size_bytes)
+        head = _HEAD.pack(MAGIC, 1, self.snapshot.bytes, self.generation, self.ops_digest, self.old_size_bytes)
         return (head + _CRC.pack(zlib.crc32(head))).ljust(TABLE_START, b"\0")
 
     @classmethod
@@ -58,7 +58,7 @@ class UndoIdentity:
         raw = read_bytes(table, 0, TABLE_START)
         magic, version, snapshot, generation, ops_digest, old_size_bytes = _HEAD.unpack_from(raw)
         (crc,) = _CRC.unpack_from(raw, _HEAD.size)
-        if (magic, version) != (_MAGIC, 1) or crc != zlib.crc32(raw[: _HEAD.size]):
+        if (magic, version) != (MAGIC, 1) or crc != zlib.crc32(raw[: _HEAD.size]):
             raise SnapdError(errno.EBADMSG, "undo digests: damaged, or not the table of an undo store (UNDO-15)")
         return cls(uuid.UUID(bytes=snapshot), generation, ops_digest, old_size_bytes)
 

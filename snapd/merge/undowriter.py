@@ -16,10 +16,12 @@ import errno
 
 from snapd.block.errors import SnapdError
 from snapd.block.store import Buffer, Store
-from snapd.cow.blockmap import BlockMap
 from snapd.cow.compress import CompressOption, Encoder
-from snapd.cow.format import OP_SIZE, Compression, Header, Op, OpType
-from snapd.cow.writer import unit_lengths
+from snapd.cow.extentmap import ExtentMap
+from snapd.cow.format import OP_SIZE_V3, Compression, OpType
+from snapd.cow.header import Header
+from snapd.cow.op import Op
+from snapd.cow.writeroptions import unit_lengths
 from snapd.merge.undostore import UndoStore
 from snapd.merge.undotable import ENTRY_SIZE, TABLE_START, UndoIdentity, pack_entry
 
@@ -32,7 +34,7 @@ _WRITE_BYTES = 1 << 20
 class UndoWriter:
     """The one writer of an undo store; `index` is the store as it counts now."""
 
-    def __init__(self, store: Store, table: Store, targets: BlockMap) -> None:
+    def __init__(self, store: Store, table: Store, targets: ExtentMap) -> None:
         """Take over an existing store: rewrite its header and make all of it durable (UNDO-24, UNDO-30).
 
         That it belongs to this COW is for the caller to check before. EBADMSG when its header or table is damaged.
@@ -44,7 +46,7 @@ class UndoWriter:
         self.index.load(self._header.op_count)
         self._unit_blocks = min(self._header.max_compression_size // self._header.block_size, _MAX_UNIT_BLOCKS)
         self._zeros = bytes(self._header.block_size)
-        self._encoder = Encoder(_OPTION)
+        self._encoder = Encoder(_OPTION, version=3, max_unit=self._header.max_unit)
         self._data_end = self.index.data_end
         self._payloads = bytearray()
         self._records = bytearray()
@@ -55,7 +57,7 @@ class UndoWriter:
         table.flush()
 
     @classmethod
-    def create(cls, store: Store, table: Store, identity: UndoIdentity, targets: BlockMap) -> "UndoWriter":
+    def create(cls, store: Store, table: Store, identity: UndoIdentity, targets: ExtentMap) -> "UndoWriter":
         """Make the empty files a durable, empty store with a slot for every target block below O's end (UNDO-18)."""
         old_blocks = identity.old_size_bytes // targets.block_size
         slots = sum(extent.length for extent in targets.changed_extents(0, min(old_blocks, targets.block_count)))
@@ -102,14 +104,14 @@ class UndoWriter:
         self._write_payloads()
         count = self.op_count
         if self._records:
-            self._store.write(self._records, self._header.ops_start + count * OP_SIZE)
+            self._store.write(self._records, self._header.ops_start + count * OP_SIZE_V3)
             self._table.write(self._entries, TABLE_START + count * ENTRY_SIZE)
         self._store.flush()
         self._table.flush()
 
     def commit(self) -> None:
         """Step c: what `flush` made durable counts, durably; `index` has it."""
-        header = self._header.with_ops(self.op_count + len(self._records) // OP_SIZE)
+        header = self._header.with_ops(self.op_count + len(self._records) // OP_SIZE_V3)
         self._store.write(header.pack(), 0)
         self._store.flush()
         self._header = header
@@ -138,7 +140,7 @@ class UndoWriter:
             offset += blocks * block_size
 
     def _append_op(self, op: Op, unit: memoryview) -> None:
-        if self.op_count + len(self._records) // OP_SIZE >= self._header.op_count_max:
+        if self.op_count + len(self._records) // OP_SIZE_V3 >= self._header.op_count_max:
             raise SnapdError(errno.ENOSPC, f"undo store: all {self._header.op_count_max} op slots are used (UNDO-18)")
         record = op.pack()
         self._records += record

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from snapd.block.errors import SnapdError
 from snapd.block.store import Readable, Store
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.view import CowView
 from snapd.merge.oldview import OldImage
 from snapd.merge.sharedmap import SharedMap
@@ -26,7 +26,7 @@ class Views:
     new: Readable
 
 
-def open_views(state: State | None, block_map: BlockMap, cow: Store, base: Store, files: UndoFiles) -> Views:
+def open_views(state: State | None, extent_map: ExtentMap, cow: Store, base: Store, files: UndoFiles) -> Views:
     """The views of a snapshot in `state` that nobody is merging right now.
 
     After CONFIRMED there is no old view: `old` reads the base too. Errors: EBADMSG for a state file or an undo store
@@ -34,28 +34,28 @@ def open_views(state: State | None, block_map: BlockMap, cow: Store, base: Store
     """
     if state is not None and state.phase is Phase.CONFIRMED:
         return Views(None, base, base)
-    undo = open_undo(state, block_map, files)
+    undo = open_undo(state, extent_map, files)
     if undo is None:
-        return Views(None, base, CowView(block_map, cow, source=base, base=base))
+        return Views(None, base, CowView(extent_map, cow, source=base, base=base))
     count, opened = undo.op_count, undo
     old = OldImage(base, lambda: count, lambda: opened)
-    return Views(undo, old, CowView(block_map, cow, source=old, base=base))
+    return Views(undo, old, CowView(extent_map, cow, source=old, base=base))
 
 
-def open_undo(state: State | None, block_map: BlockMap, files: UndoFiles) -> UndoStore | None:
+def open_undo(state: State | None, extent_map: ExtentMap, files: UndoFiles) -> UndoStore | None:
     """The undo store that `state` speaks of, wholly loaded; None in a state that needs none."""
     if state is None or not state.needs_undo:
         return None
-    undo = UndoStore(*files.open_undo(), block_map)
-    check_undo(state, block_map, undo)
+    undo = UndoStore(*files.open_undo(), extent_map)
+    check_undo(state, extent_map, undo)
     undo.load(undo.header.op_count)
     return undo
 
 
-def check_undo(state: State, block_map: BlockMap, undo: UndoStore) -> None:
+def check_undo(state: State, extent_map: ExtentMap, undo: UndoStore) -> None:
     """EBADMSG unless `undo` is the store of this state and COW, and has all ops that it must have (UNDO-12a)."""
     identity = undo.identity
-    if identity.ops_digest != block_map.ops_digest:
+    if identity.ops_digest != extent_map.ops_digest:
         raise SnapdError(errno.EBADMSG, "undo store: made for another COW, its op digest differs (UNDO-15)")
     if (identity.snapshot, identity.generation) != (state.snapshot, state.undo_generation):
         raise SnapdError(errno.EBADMSG, "undo store: belongs to another snapshot or generation (UNDO-14)")
@@ -71,13 +71,13 @@ def check_undo(state: State, block_map: BlockMap, undo: UndoStore) -> None:
         )
 
 
-def restore_shared_map(shared: SharedMap, block_map: BlockMap, files: UndoFiles) -> None:
+def restore_shared_map(shared: SharedMap, extent_map: ExtentMap, files: UndoFiles) -> None:
     """Publish in a fresh shared map what the disk says; before any reader is given the map.
 
     Nothing needs to be flushed for this: an op that the header counts can be read, durable or not.
     """
     state = read_state(files.state)
-    undo = open_undo(state, block_map, files)
+    undo = open_undo(state, extent_map, files)
     if state is not None:
         publish_state(shared, state, 0 if undo is None else undo.op_count)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from snapd.block.extent import Extent
 from snapd.block.file import FileStore
 from snapd.block.store import Readable, Store, WritableBuffer
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.view import CowView
 from snapd.merge.oldview import OldImage
 from snapd.merge.sharedmap import SharedMap
@@ -45,7 +45,7 @@ class Work:
     def __init__(
         self,
         *,
-        block_map: BlockMap,
+        extent_map: ExtentMap,
         cow: Store,
         base: Store,
         state_store: Store,
@@ -54,18 +54,18 @@ class Work:
         span_bytes: int,
         piece_bytes: int,
     ) -> None:
-        self.block_size = block_map.block_size
-        self.new_size = block_map.block_count * block_map.block_size
+        self.block_size = extent_map.block_size
+        self.new_size = extent_map.block_count * extent_map.block_size
         self.base = base
         self.shared = shared
         self.hooks = hooks
-        self.targets = Targets(block_map, piece_bytes)
+        self.targets = Targets(extent_map, piece_bytes)
         self.piece_blocks = max(1, piece_bytes // self.block_size)
         self.span_blocks = max(1, span_bytes // self.block_size)
         self.written_bytes = 0
         self.old = OldImage(base, lambda: shared.undo_op_count, lambda: self.undo.index)
         # Asked for a block without an op only where a piece runs over a short gap; the old view has those too.
-        self.new = CowView(block_map, cow, source=self.old, base=self.old)
+        self.new = CowView(extent_map, cow, source=self.old, base=self.old)
         self._state_store = state_store
         self._buffers = [memoryview(bytearray(self.piece_blocks * self.block_size)) for _ in range(2)]
 

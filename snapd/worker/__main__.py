@@ -1,6 +1,6 @@
 """`python -I -m snapd.worker`: serve the new view of one snapshot on one channel.
 
-Inherited descriptors: 3 channel, 4 COW, 5 base, 6 block map, 7 shared map, 8 undo directory, 9 fence. Exits 0 when the
+Inherited descriptors: 3 channel, 4 COW, 5 base, 6 extent map, 7 shared map, 8 undo directory, 9 fence. Exits 0 when the
 channel ends.
 """
 
@@ -9,7 +9,7 @@ import sys
 from snapd.block.clock import SystemClock
 from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
-from snapd.cow.blockmap import BlockMap
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.view import CowView
 from snapd.dmuser.client import ChannelClient
 from snapd.merge.oldview import OldView
@@ -19,7 +19,7 @@ from snapd.proc.child import FIRST_FD
 from snapd.proc.log import Log
 from snapd.worker.serve import ReadService
 
-CHANNEL_FD, COW_FD, BASE_FD, BLOCK_MAP_FD, SHARED_MAP_FD, UNDO_DIRECTORY_FD, FENCE_FD = range(FIRST_FD, FIRST_FD + 7)
+CHANNEL_FD, COW_FD, BASE_FD, EXTENT_MAP_FD, SHARED_MAP_FD, UNDO_DIRECTORY_FD, FENCE_FD = range(FIRST_FD, FIRST_FD + 7)
 
 
 def main() -> int:
@@ -27,10 +27,10 @@ def main() -> int:
     fence.hold(FENCE_FD)
     log = Log("ota-snapd worker", SystemClock())
     try:
-        block_map = BlockMap.load(BLOCK_MAP_FD)
+        extent_map = ExtentMap.load(EXTENT_MAP_FD)
         base = file_store(BASE_FD, "the base")
-        old_view = OldView(base, UNDO_DIRECTORY_FD, SharedMap(SHARED_MAP_FD), block_map)
-        view = CowView(block_map, file_store(COW_FD, "the COW"), source=old_view, base=base)
+        old_view = OldView(base, UNDO_DIRECTORY_FD, SharedMap(SHARED_MAP_FD), extent_map)
+        view = CowView(extent_map, file_store(COW_FD, "the COW"), source=old_view, base=base)
         ReadService(ChannelClient(CHANNEL_FD), view, log).run()
     except SnapdError as error:
         log.line(str(error))

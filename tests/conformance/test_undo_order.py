@@ -8,13 +8,15 @@ from random import Random
 
 import pytest
 from merge_world import SNAPSHOT, TABLE, UNDO, World, memory_file
+from zeromap import zero_map
 
 from snapd.block.errors import SnapdError
 from snapd.block.file import BlockDeviceStore, FileStore
 from snapd.block.simdisk import SimStore, Stop
 from snapd.block.store import Buffer, Store, read_bytes
-from snapd.cow.blockmap import NO_OP
-from snapd.cow.format import Header, Op, OpType
+from snapd.cow.format import OpType
+from snapd.cow.header import Header
+from snapd.cow.op import Op
 from snapd.merge.engine import Merge
 from snapd.merge.sharedmap import MERGED
 from snapd.merge.statefile import Phase, ReadBack, write_state
@@ -179,7 +181,7 @@ def test_undo_12a_an_undo_store_with_too_few_ops_is_damage() -> None:
             world.attempt(action)
         assert caught.value.errno == errno.EBADMSG
     with pytest.raises(SnapdError, match="were durable"):
-        open_views(world.state(), world.block_map, world.cow, world.base, world.files)
+        open_views(world.state(), world.extent_map, world.cow, world.base, world.files)
     assert read_bytes(world.base, 0, world.base.size()) == content
 
 
@@ -256,6 +258,7 @@ class FullStore:
         self.flush = store.flush
         self.discard = store.discard
         self.zero = store.zero
+        self.truncate = store.truncate
 
     def write(self, data: Buffer, offset: int) -> None:
         if offset + len(data) > self.limit:
@@ -322,13 +325,13 @@ def test_undo_23_sizes_are_durable_before_the_base_grows(seed: int) -> None:
 def test_undo_23_blocks_behind_o_need_ops_and_copies_must_not_read_there() -> None:
     """UNDO-23: refused before anything is made."""
     world = World(2, old_blocks=4, block_size=512, ops=lambda w: {4: w.replace(4, [w.content()])})
-    world.block_map.op_of_block[4] = NO_OP
+    world.extent_map = zero_map({0}, 5, block_size=512)
     with pytest.raises(SnapdError, match="no op"):
         world.attempt("merge")
     world = World(2, old_blocks=4, block_size=512, ops=lambda _: {0: (Op(OpType.COPY, 0, 1, 3, 0), b"")})
     shorter = world.disk.store("shorter", b"".join(world.old[:3]))
     world.base = shorter
-    with pytest.raises(SnapdError, match="copies from block 3"):
+    with pytest.raises(SnapdError, match="reads block 3"):
         world.attempt("merge")
     assert world.state() is None
     assert UNDO not in world.disk.files
@@ -347,7 +350,7 @@ def test_undo_23_a_device_that_is_too_small_is_refused() -> None:
         with pytest.raises(SnapdError) as caught:
             Merge(
                 snapshot=SNAPSHOT,
-                block_map=world.block_map,
+                extent_map=world.extent_map,
                 cow=world.cow,
                 base=Device(fd),
                 files=world.files,

@@ -8,7 +8,8 @@ from merge_world import World
 
 from snapd.block.simdisk import Stop
 from snapd.block.store import Readable, WritableBuffer, read_bytes
-from snapd.cow.format import Op, OpType
+from snapd.cow.format import OpType
+from snapd.cow.op import Op
 from snapd.cow.reader import CowFile
 from snapd.merge.oldview import OldImage
 from snapd.merge.sharedmap import SharedMap
@@ -30,8 +31,8 @@ def test_undo_1_u_holds_absolute_ops_with_the_content_of_o(seed: int) -> None:
     """UNDO-1: U is a COW v3 file of replace and zero ops, and every unit is O's."""
     world = merged(seed)
     cow = CowFile.parse(world.disk.files["undo.cow"])
-    assert set(cow.type.tolist()) <= {OpType.REPLACE, OpType.ZERO}
-    undo = open_views(world.state(), world.block_map, world.cow, world.base, world.files).undo
+    assert set(cow.ops.type.tolist()) <= {OpType.REPLACE, OpType.ZERO}
+    undo = open_views(world.state(), world.extent_map, world.cow, world.base, world.files).undo
     assert undo is not None
     for block in range(len(world.old)):
         if undo.next_saved(block, block + 1) == block:
@@ -42,7 +43,7 @@ def test_undo_1_u_holds_absolute_ops_with_the_content_of_o(seed: int) -> None:
 def test_undo_2_only_changed_blocks_are_saved_and_written(seed: int) -> None:
     """UNDO-2: a block whose new content is its old content is neither saved nor written."""
     world = merged(seed)
-    undo = open_views(world.state(), world.block_map, world.cow, world.base, world.files).undo
+    undo = open_views(world.state(), world.extent_map, world.cow, world.base, world.files).undo
     assert undo is not None
     both = min(len(world.old), len(world.new))
     changed = {b for b in range(both) if world.old[b] != world.new[b]}
@@ -137,7 +138,7 @@ class Reader:
             self.merger_stopped = run_to(self.world, self.point, self.shared)
 
     def open_undo(self) -> UndoStore:
-        return UndoStore(*self.world.files.open_undo(), self.world.block_map)
+        return UndoStore(*self.world.files.open_undo(), self.world.extent_map)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

@@ -17,8 +17,8 @@ import pytest
 
 from snapd.client.nbd import NbdClient
 from snapd.client.service import Client
-from snapd.cow.compress import CompressOption
 from snapd.cow.create import create_cow
+from snapd.cow.createoptions import CreateOptions
 from snapd.ctl.demo_service import PrivateService
 
 BLOCK = 4096
@@ -55,7 +55,7 @@ def make_images(directory: Path, seed: int, blocks: int, new_blocks: int | None 
     images = Images(base, cow, b"".join(old), b"".join(new))
     base.write_bytes(images.old)
     target.write_bytes(images.new)
-    create_cow(base, target, cow, CompressOption.parse("zstd"), 64 << 10, lambda _done, _total: None)
+    create_cow(base, target, cow, CreateOptions(), lambda _done, _total: None)
     target.unlink()
     return images
 

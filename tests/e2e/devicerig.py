@@ -14,10 +14,10 @@ from typing import Any
 
 from snapd.block.file import FileStore
 from snapd.client.nbd import NbdClient
-from snapd.cow.blockmap import BlockMap
-from snapd.cow.compress import CompressOption, Encoder
+from snapd.cow.compress import CompressOption
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.reader import CowFile
-from snapd.cow.writer import CowWriter
+from snapd.cow.writer import WriterOptions, create_writer
 from snapd.device.config import Descriptors
 from snapd.merge.sharedmap import SharedMap
 from snapd.proc import control
@@ -59,12 +59,10 @@ class Images:
 
     def write_cow(self, fd: int) -> None:
         """Write the COW to an empty file."""
-        option = CompressOption.parse("zstd")
-        writer = CowWriter(FileStore(fd), op_count_max=BLOCKS, option=option, unit=UNIT_BLOCKS * BLOCK)
-        encoder = Encoder(option)
+        options = WriterOptions(compression=CompressOption.parse("zstd"), op_count_max=BLOCKS, unit=UNIT_BLOCKS * BLOCK)
+        writer = create_writer(FileStore(fd), options)
         for start in self.replaced:
-            unit = self.new[start * BLOCK : (start + UNIT_BLOCKS) * BLOCK]
-            writer.replace(start, UNIT_BLOCKS, encoder.encode(unit))
+            writer.raw(start, self.new[start * BLOCK : (start + UNIT_BLOCKS) * BLOCK])
         for block in self.zeroed:
             writer.zero(block)
         for block, origin in self.copied:
@@ -86,14 +84,14 @@ class Device:
         os.mkdir(self._path("undo"))
         cow = self._open("cow")
         base = self._open("base")
-        block_map_fd = self._open("map")
+        extent_map_fd = self._open("map")
         shared_fd = self._open("shared")
         images.write_cow(cow)
         os.pwrite(base, images.old, 0)
-        block_map = CowFile.parse(FileStore(cow)).block_map(SIZE, SIZE)
-        block_map.save(block_map_fd)
-        self.block_map = BlockMap.load(block_map_fd)
-        self.shared = SharedMap.create(shared_fd, block_map, self.snapshot, 1)
+        extent_map = CowFile.parse(FileStore(cow)).extent_map(SIZE, SIZE)
+        extent_map.save(extent_map_fd)
+        self.extent_map = ExtentMap.load(extent_map_fd)
+        self.shared = SharedMap.create(shared_fd, extent_map, self.snapshot, 1)
         self._nbd = socket.socket(socket.AF_UNIX)
         self._nbd.bind(self.nbd_path)
         self._nbd.listen(64)
@@ -101,7 +99,7 @@ class Device:
         self.fds = Descriptors(
             cow=cow,
             base=base,
-            block_map=block_map_fd,
+            extent_map=extent_map_fd,
             shared_map=shared_fd,
             undo_directory=os.open(self._path("undo"), os.O_RDONLY | os.O_DIRECTORY),
             worker_fence=self._open("worker.fence"),

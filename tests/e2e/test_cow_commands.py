@@ -10,32 +10,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from offline import BLOCK, done, failed, snapctl
 
-BLOCK = 4096
 OLD = Random(1).randbytes(200 * BLOCK)
 NEW = OLD[30 * BLOCK :] + bytes(20 * BLOCK) + Random(2).randbytes(16) * 256 * 40
-
-
-def snapctl(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run `snapctl cow ...` to its end."""
-    command = [sys.executable, "-m", "snapd.ctl", "cow", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-
-
-def done(*arguments: str | Path) -> str:
-    """Standard output of a call that succeeds and says nothing on standard error."""
-    result = snapctl(*arguments)
-    assert (result.returncode, result.stderr) == (0, ""), result
-    return result.stdout
-
-
-def failed(*arguments: str | Path) -> str:
-    """The one line on standard error of a call that fails, and changes and prints nothing."""
-    result = snapctl(*arguments)
-    assert (result.returncode, result.stdout) == (1, ""), result
-    assert result.stderr.startswith("snapctl: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
 
 
 @pytest.fixture
@@ -48,18 +26,27 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("compress", "unit"), [("zstd", "64 KiB"), ("zstd,9", "256KiB"), ("lz4", "4KiB"), ("none", "65536")]
+    ("options", "unit_bytes"),
+    [
+        (("--compress", "zstd", "--unit", "64 KiB"), 65536),
+        (("--compress", "zstd,9", "--unit", "256KiB"), 262144),
+        (("--compress", "lz4", "--unit", "4KiB"), 4096),
+        (("--compress", "none", "--unit", "65536"), 65536),
+        (("--compress", "gz,1", "--format", "v2"), 4096),
+        (("--compress", "brotli,1", "--xor", "search", "--jobs", "1"), 65536),
+    ],
 )
-def test_create_then_extract(folder: Path, compress: str, unit: str) -> None:
-    """Every compression and unit size gives the target back."""
+def test_estimate_create_extract(folder: Path, options: tuple[str, ...], unit_bytes: int) -> None:
+    """COW-130: every compression, unit and version is as large as was told before, and gives the target back."""
     images = ("--source", folder / "old", "--target", folder / "new")
-    report = json.loads(
-        done("create", *images, "--out", folder / "c", "--compress", compress, "--unit", unit, "-o", "json")
-    )
-    assert report["target_bytes"] == len(NEW)
+    told = json.loads(done("estimate", *images, *options, "-o", "json"))
+    report = json.loads(done("create", *images, "--out", folder / "c", *options, "-o", "json"))
+    assert {**told, **report, "seconds": told["seconds"]} == told
+    assert told["cow_bytes"] == (folder / "c").stat().st_size
+    assert told["digests_bytes"] == (folder / "c.digests").stat().st_size
     info = json.loads(done("info", folder / "c", "-o", "json"))
-    assert info["compression"] == compress.partition(",")[0]
-    assert info["unit_bytes"] == {"4KiB": 4096, "256KiB": 262144}.get(unit, 65536)
+    assert info["compression"] == options[1].partition(",")[0]
+    assert (info["unit_bytes"], info["op_slots"], info["ops"]) == (unit_bytes, told["op_slots"], told["ops"])
     extracted = json.loads(done("extract", folder / "c", "--base", folder / "old", "--out", folder / "o", "-o", "json"))
     assert extracted["image_bytes"] == len(NEW)
     assert (folder / "o").read_bytes() == NEW
@@ -67,7 +54,8 @@ def test_create_then_extract(folder: Path, compress: str, unit: str) -> None:
 
 def test_defaults_are_zstd_and_64_kib(folder: Path) -> None:
     """`info` as a table says so in words."""
-    lines = dict(line.split(maxsplit=1) for line in done("info", folder / "c").splitlines())
+    table, _, _ = done("info", folder / "c").partition("\n\n")
+    lines = dict(line.split(maxsplit=1) for line in table.splitlines())
     assert lines["compression"] == "zstd"
     assert lines["unit"] == "64 KiB"
 
@@ -75,7 +63,7 @@ def test_defaults_are_zstd_and_64_kib(folder: Path) -> None:
 def test_verify_says_what_is_wrong(folder: Path) -> None:
     """0 and a report when all is well; 1 and a report when a payload is damaged; 1 and a line for no COW file."""
     report = json.loads(done("verify", folder / "c", "--base", folder / "old", "-o", "json"))
-    assert report["ok"] is True
+    assert (report["ok"], report["compared_bytes"]) == (True, len(NEW))
     with (folder / "c").open("r+b") as file:
         file.seek(-20, os.SEEK_END)
         file.write(bytes(20))
@@ -83,7 +71,7 @@ def test_verify_says_what_is_wrong(folder: Path) -> None:
     assert (result.returncode, result.stderr) == (1, "")
     report = json.loads(result.stdout)
     assert report["ok"] is False
-    assert report["damaged_ops"] == len(report["damage"]) > 0
+    assert report["damaged_blocks"] >= len(report["damage"]) > 0
     assert "not a COW file" in failed("verify", folder / "old")
 
 
@@ -115,6 +103,8 @@ def test_the_old_image_comes_out_of_an_interrupted_merge(tmp_path: Path) -> None
     assert merge.returncode == -signal.SIGKILL
     done("extract", undo, "--base", old, "--out", out)
     assert Path(out).read_bytes() == before
+    for option in ("--lenient", "--ignore-digests", "--label=1"):
+        assert snapctl("extract", undo, "--base", old, "--out", out, option).returncode == 2
     assert "an offline merge of it has begun" in failed("extract", cow, "--base", old, "--out", out)
     done("merge", cow, "--base", old)
     assert Path(old).read_bytes() == after
@@ -128,14 +118,25 @@ def test_the_old_image_comes_out_of_an_interrupted_merge(tmp_path: Path) -> None
         ("create", "--source", "a", "--target", "b"),
         ("create", "--source", "a", "--target", "b", "--out", "c", "--unit", "3KiB"),
         ("create", "--source", "a", "--target", "b", "--out", "c", "--unit", "64KB"),
-        ("create", "--source", "a", "--target", "b", "--out", "c", "--compress", "gz"),
+        ("create", "--source", "a", "--target", "b", "--out", "c", "--compress", "gz,1,1"),
+        ("create", "--source", "a", "--target", "b", "--out", "c", "--format", "v2", "--unit", "64KiB"),
+        ("create", "--source", "a", "--target", "b", "--out", "c", "--format", "v1"),
+        ("create", "--source", "a", "--target", "b", "--out", "c", "--jobs", "0"),
+        ("estimate", "--source", "a", "--target", "b", "--out", "c"),
+        ("estimate", "--source", "a", "--target", "b", "--xor", "maybe"),
         ("create", "--source", "a", "--target", "b", "--out", "c", "--compress", "zstd,x"),
         ("info",),
         ("info", "c", "-o", "yaml"),
         ("verify", "c", "--bace", "a"),
         ("extract", "c", "--base", "a"),
         ("extract", "c", "--base", "a", "--out", "b", "--size", "much"),
+        ("extract", "c", "--base", "a", "--out", "b", "--label", "last"),
+        ("append", "c", "--source", "a"),
+        ("append", "c", "--source", "a", "--target", "b", "--compress", "zs"),
+        ("append", "c", "--source", "a", "--target", "b", "--lenient"),
+        ("append", "c", "--source", "a", "--target", "b", "--label", "-1"),
         ("merge", "c"),
+        ("merge", "c", "--base", "a", "--lenient"),
         ("frobnicate",),
     ],
 )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from devicerig import BLOCK, SIZE, Device, Images
+from zeromap import has_op
 
 from snapd.block.errors import SnapdError
 from snapd.client.nbd import NbdClient
@@ -108,7 +109,7 @@ def test_crash_loop_fails_fast(device: Device) -> None:
     with device.client() as client:
         with pytest.raises(SnapdError, match="error 5"):
             read(client, 0, SIZE)
-        unchanged = next(b for b in range(SIZE // BLOCK) if device.block_map.op_of_block[b] < 0)
+        unchanged = next(b for b in range(SIZE // BLOCK) if not has_op(device.extent_map, b))
         assert read(client, unchanged * BLOCK, BLOCK) == device.images.new[unchanged * BLOCK : (unchanged + 1) * BLOCK]
     assert device.stop() == 0
 
@@ -130,8 +131,8 @@ def test_worker_that_cannot_start(device: Device, images: Images) -> None:
     """DMU-148, DMU-184: reads that wait for a successor end in EIO when none of them gets as far as serving."""
     device.start()
     assert read_all(device) == images.new
-    # Every later worker finds a damaged block map and gives up.
-    os.pwrite(device.fds.block_map, b"\xff", 100)
+    # Every later worker finds a damaged extent map and gives up.
+    os.pwrite(device.fds.extent_map, b"\xff", 100)
     device.kill_worker()
     with device.client() as client, pytest.raises(SnapdError, match="error 5"):
         read(client, 0, SIZE)

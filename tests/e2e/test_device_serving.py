@@ -13,7 +13,7 @@ from devicerig import BLOCK, SIZE, UNIT_BLOCKS, Device, Images
 
 from snapd.block.errors import SnapdError
 from snapd.client.nbd import NbdClient
-from snapd.cow.format import Header
+from snapd.cow.header import Header
 
 
 @pytest.fixture(scope="module")

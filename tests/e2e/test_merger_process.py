@@ -15,10 +15,10 @@ import pytest
 from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore
 from snapd.block.store import Readable, read_bytes
-from snapd.cow.blockmap import BlockMap
-from snapd.cow.compress import CompressOption, Encoder
+from snapd.cow.compress import CompressOption
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.reader import CowFile
-from snapd.cow.writer import CowWriter
+from snapd.cow.writer import WriterOptions, create_writer
 from snapd.merge.oldview import OldView
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.statefile import Phase, ReadBack, State
@@ -46,13 +46,12 @@ class Images:
         new = [random.choice(units) if i % 8 else old[i] for i in range(count)]
         self.old, self.new = b"".join(old), b"".join(new)
         self.cow = directory / "cow"
-        option = CompressOption.parse("zstd")
-        packed = {id(unit): Encoder(option).encode(unit) for unit in units}
+        options = WriterOptions(compression=CompressOption.parse("zstd"), op_count_max=BLOCKS, unit=UNIT * BLOCK)
         fd = os.open(self.cow, os.O_RDWR | os.O_CREAT)
-        writer = CowWriter(FileStore(fd), op_count_max=BLOCKS, option=option, unit=UNIT * BLOCK)
+        writer = create_writer(FileStore(fd), options)
         for i, unit in enumerate(new):
             if i % 8:
-                writer.replace(i * UNIT, UNIT, packed[id(unit)])
+                writer.raw(i * UNIT, unit)
         writer.finalize()
         os.close(fd)
 
@@ -78,12 +77,12 @@ class Snapshot:
             os.open(directory / "undo", os.O_RDONLY),
         ]
         self.cow, self.base = FileStore(self.fds[0]), FileStore(self.fds[1])
-        CowFile.parse(self.cow).block_map(len(images.old)).save(self.fds[2])
-        self.block_map = BlockMap.load(self.fds[2])
-        self.shared = SharedMap.create(self.fds[3], self.block_map, SNAPSHOT, 1)
+        CowFile.parse(self.cow).extent_map(len(images.old)).save(self.fds[2])
+        self.extent_map = ExtentMap.load(self.fds[2])
+        self.shared = SharedMap.create(self.fds[3], self.extent_map, SNAPSHOT, 1)
         self.files = UndoDirectory(self.fds[4])
         # One long-lived reader beside all the mergers, as a worker is.
-        self.old_view = OldView(self.base, self.fds[4], self.shared, self.block_map)
+        self.old_view = OldView(self.base, self.fds[4], self.shared, self.extent_map)
 
     @contextlib.contextmanager
     def merger(self) -> Iterator[tuple[Child, socket.socket]]:
@@ -108,7 +107,7 @@ class Snapshot:
 
     def check(self) -> None:
         """Both views in full, through fresh readers and through the one that was there all along."""
-        views = open_views(self.state(), self.block_map, self.cow, self.base, self.files)
+        views = open_views(self.state(), self.extent_map, self.cow, self.base, self.files)
         assert same(views.old, self.images.old)
         assert same(self.old_view, self.images.old)
         assert same(views.new, self.images.new)
@@ -193,9 +192,9 @@ def test_it_is_killed_at_random_and_started_again_until_done(snapshot: Snapshot)
     snapshot.check()
     # A map made anew, as after a reboot, says the same as the one that was there all along.
     again = os.memfd_create("again")
-    shared = SharedMap.create(again, snapshot.block_map, SNAPSHOT, 1)
+    shared = SharedMap.create(again, snapshot.extent_map, SNAPSHOT, 1)
     os.close(again)
-    restore_shared_map(shared, snapshot.block_map, snapshot.files)
+    restore_shared_map(shared, snapshot.extent_map, snapshot.files)
     assert shared.undo_op_count == snapshot.shared.undo_op_count
     assert shared.new_view_on_base(0, BLOCKS)
 

@@ -13,13 +13,16 @@ from contextlib import contextmanager
 from random import Random
 from typing import Any
 
-import lz4.block
-import zstandard
+from zeromap import has_op
 
 from snapd.block.errors import SnapdError
 from snapd.block.simdisk import SimDisk, SimStore, Stop
 from snapd.block.store import Readable, Store, read_bytes
-from snapd.cow.format import Compression, Header, Op, OpType
+from snapd.cow.compress import CompressOption, Encoder
+from snapd.cow.digests import DigestLog, DigestTable, block_digest
+from snapd.cow.format import Compression, OpType
+from snapd.cow.header import Header
+from snapd.cow.op import Op
 from snapd.cow.reader import CowFile
 from snapd.cow.view import CowView
 from snapd.merge.engine import Merge
@@ -106,7 +109,9 @@ class World:
         self.cow = self.disk.store("cow", self._cow_bytes())
         self.files = SimFiles(self.disk)
         parsed = CowFile.parse(self.cow)
-        self.block_map = parsed.block_map(len(self.old) * self.block_size, len(self.new) * self.block_size)
+        self.extent_map = parsed.extent_map(
+            len(self.old) * self.block_size, len(self.new) * self.block_size, digests=self._digests(parsed)
+        )
         self.shared: SharedMap | None = None
         self.promised: State | None = None
         self.log: list[str] = []
@@ -122,6 +127,11 @@ class World:
     def replace(self, block: int, contents: list[bytes]) -> tuple[Op, bytes]:
         """A replace op of a power of two blocks; `_cow_bytes` places its payload."""
         return Op(OpType.REPLACE, block, len(contents), 0, 0), b"".join(contents)
+
+    def xor(self, block: int, source: int) -> tuple[Op, bytes]:
+        """An XOR op that reads from byte `source` of O; its payload leaves equal and different bytes (COW-54)."""
+        payload = bytes(self.block_size // 2) + self.random.randbytes(self.block_size // 2)
+        return Op(OpType.XOR, block, 1, source, 0), payload
 
     def _random_ops(self) -> Ops:
         random, old = self.random, self.old
@@ -143,6 +153,9 @@ class World:
             elif kind < 0.6:
                 ops[block] = Op(OpType.ZERO, block, 1, 0, 0), b""
                 block += 1
+            elif kind < 0.75:
+                ops[block] = self.xor(block, random.randint(0, (len(old) - 1) * self.block_size))
+                block += 1
             else:
                 ops[block] = Op(OpType.COPY, block, 1, random.randrange(len(old)), 0), b""
                 block += 1
@@ -159,13 +172,27 @@ class World:
             if op.type is OpType.REPLACE:
                 for i in range(op.blocks):
                     new[block + i] = content[i * self.block_size : (i + 1) * self.block_size]
+            elif op.type is OpType.XOR:
+                below = b"".join(self.old)[op.source : op.source + self.block_size]
+                new[block] = bytes(one ^ other for one, other in zip(content, below, strict=True))
             else:
                 new[block] = self.old[op.source] if op.type is OpType.COPY else bytes(self.block_size)
         return new
 
+    def _digests(self, cow: CowFile) -> DigestTable | None:
+        """Half of the COW files have a table of digests beside them (COW-216)."""
+        if self.random.random() < 0.5:
+            return None
+        store = SimDisk(self.random).store("digests")
+        log = DigestLog.create(store, block_size=self.block_size)
+        log.put(0, [block_digest(block) for block in self.new])
+        log.finish(op_count=cow.op_count, ops_digest=cow.ops_digest, target_blocks=len(self.new))
+        return DigestTable.load(store, op_count=cow.op_count, ops_digest=cow.ops_digest)
+
     def _cow_bytes(self) -> bytes:
         """C as a v3 file, ops in any order (UNDO-6)."""
-        algorithm = self.random.choice([Compression.NONE, Compression.LZ4, Compression.ZSTD])
+        option = CompressOption(self.random.choice(list(Compression)), 1)
+        encoder = Encoder(option, version=3, max_unit=16 << 10)
         ops = list(self.ops.values())
         self.random.shuffle(ops)
         header = Header(
@@ -173,19 +200,15 @@ class World:
             buffer_size=0,
             op_count=len(ops),
             op_count_max=len(ops) + 1,
-            compression=algorithm,
+            compression=option.algorithm,
             max_compression_size=16 << 10,
         )
         records, payloads = b"", b""
         for op, content in ops:
-            if op.type is OpType.REPLACE:
-                payload = content
-                if algorithm is Compression.LZ4:
-                    payload = lz4.block.compress(content, store_size=False)
-                elif algorithm is Compression.ZSTD:
-                    payload = zstandard.ZstdCompressor().compress(content)
-                payload = payload if len(payload) < len(content) else content
-                op = Op(op.type, op.new_block, op.blocks, header.data_start + len(payloads), len(payload))
+            if op.type in (OpType.REPLACE, OpType.XOR):
+                payload = encoder.encode(content)
+                source = op.source if op.type is OpType.XOR else header.data_start + len(payloads)
+                op = Op(op.type, op.new_block, op.blocks, source, len(payload))
                 payloads += payload
             records += op.pack()
         return (header.pack().ljust(header.ops_start, b"\0") + records).ljust(header.data_start, b"\0") + payloads
@@ -200,7 +223,7 @@ class World:
             self.shared = self.restored_map()
         return Merge(
             snapshot=SNAPSHOT,
-            block_map=self.block_map,
+            extent_map=self.extent_map,
             cow=self.cow,
             base=self.base,
             files=self.files,
@@ -283,14 +306,14 @@ class World:
     def check(self) -> None:
         """Both views, read in full through fresh readers, are exact; so is everything a device may be told."""
         state = self.state()
-        views = open_views(state, self.block_map, self.cow, self.base, self.files)
+        views = open_views(state, self.extent_map, self.cow, self.base, self.files)
         self._equal(views.new, self.new, "new view")
         if state is not None and state.phase is Phase.CONFIRMED:
             self._equal(self.base, self.new, "confirmed base")
             return
         self._equal(views.old, self.old, "old view")
         if views.undo is not None:
-            plain = CowFile.parse(self.disk.files[UNDO]).block_map(len(self.old) * self.block_size)
+            plain = CowFile.parse(self.disk.files[UNDO]).extent_map(len(self.old) * self.block_size)
             # The base may have grown: as a COW, U describes the part that O has.
             self._equal(
                 CowView(plain, self.disk.files[UNDO], source=self.base, base=self.base), self.old, "U over base"
@@ -304,8 +327,8 @@ class World:
     def restored_map(self) -> SharedMap:
         """A shared map made anew, as after a reboot."""
         with memory_file() as fd:
-            shared = SharedMap.create(fd, self.block_map, SNAPSHOT, 1)
-        restore_shared_map(shared, self.block_map, self.files)
+            shared = SharedMap.create(fd, self.extent_map, SNAPSHOT, 1)
+        restore_shared_map(shared, self.extent_map, self.files)
         return shared
 
     def check_live_readers(self) -> None:
@@ -315,18 +338,18 @@ class World:
         self.check_marks(self.shared)
         shared = self.shared
         old = OldImage(
-            self.base, lambda: shared.undo_op_count, lambda: UndoStore(*self.files.open_undo(), self.block_map)
+            self.base, lambda: shared.undo_op_count, lambda: UndoStore(*self.files.open_undo(), self.extent_map)
         )
         self._equal(old, self.old, "old view beside the merger")
-        new = CowView(self.block_map, self.cow, source=old, base=self.base)
+        new = CowView(self.extent_map, self.cow, source=old, base=self.base)
         self._equal(new, self.new, "new view beside the merger")
 
     def check_marks(self, shared: SharedMap) -> None:
         """Every block that may be read from the base in the new view has N there (UNDO-26)."""
         for block, content in enumerate(self.new):
-            has_op = self.block_map.op_of_block[block] >= 0
+            with_op = has_op(self.extent_map, block)
             state = shared.state(block)
-            assert (state == UNTOUCHED) == (not has_op), self.report(f"block {block} marked {state}")
+            assert (state == UNTOUCHED) == (not with_op), self.report(f"block {block} marked {state}")
             if state in (MERGED, UNTOUCHED):
                 found = read_bytes(self.base, block * self.block_size, self.block_size)
                 assert found == content, self.report(f"block {block} may be read from the base, and is not N")

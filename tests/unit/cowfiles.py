@@ -1,17 +1,20 @@
 """Small COW files and images on a simulated disk, for the tests of this folder."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from random import Random
 
 from snapd.block.simdisk import SimDisk, SimStore
 from snapd.block.store import read_bytes
-from snapd.cow.blockmap import BlockMap
-from snapd.cow.compress import CompressOption, Encoder
+from snapd.cow.compress import CompressOption
+from snapd.cow.createoptions import CreateOptions
 from snapd.cow.diff import Diff, DiffCounts
+from snapd.cow.extentmap import ExtentMap
 from snapd.cow.format import BLOCK_SIZE, OpType
+from snapd.cow.mergeorder import merge_list
 from snapd.cow.reader import CowFile
 from snapd.cow.view import CowView
-from snapd.cow.writer import CowWriter
+from snapd.cow.writer import WriterOptions, create_writer
 
 
 def store(content: bytes = b"") -> SimStore:
@@ -30,29 +33,43 @@ def image(values: Iterable[int]) -> bytes:
 
 
 def diff(
-    source: bytes, target: bytes, *, compress: str = "zstd", unit: int = 64 << 10, scratch: bool = False
+    source: bytes,
+    target: bytes,
+    options: CreateOptions | None = None,
+    *,
+    compress: str = "zstd",
+    unit: int = 64 << 10,
+    scratch: bool = False,
 ) -> tuple[SimStore, DiffCounts]:
-    """The finished COW file between two images."""
+    """The finished COW file between two images; `options` instead of the next two."""
     cow = store()
-    option = CompressOption.parse(compress)
-    difference = Diff(store(source), store(target), lambda _done, _total: None)
-    writer = CowWriter(cow, op_count_max=difference.target_blocks, option=option, unit=unit, scratch=scratch)
-    counts = difference.write(writer, option, unit)
+    options = options or CreateOptions(compression=CompressOption.parse(compress), unit=unit)
+    difference = Diff(store(source), store(target), options, lambda _done, _total: None)
+    writer = create_writer(cow, replace(options.writer_options(difference.target_blocks), scratch=scratch))
+    counts = difference.write(writer)
     writer.finalize()
     return cow, counts
 
 
 def written(
-    *ops: tuple[str, int, int] | tuple[str, int, bytes], compress: str = "none", unit: int = 64 << 10
+    *ops: tuple[str, int, int] | tuple[str, int, bytes] | tuple[str, int, bytes, int],
+    compress: str = "none",
+    unit: int = 64 << 10,
 ) -> SimStore:
-    """A finished COW of these ops: ("copy", block, source), ("zero", block, 0), ("replace", block, content)."""
+    """A finished COW of these ops.
+
+    ("copy", block, source), ("zero", block, 0), ("replace", block, content), ("xor", block, data, source byte).
+    """
     cow = store()
-    option = CompressOption.parse(compress)
-    encoder = Encoder(option)
-    writer = CowWriter(cow, op_count_max=len(ops), option=option, unit=unit, scratch=False)
-    for kind, first, value in ops:
-        if isinstance(value, bytes):
-            writer.replace(first, len(value) // BLOCK_SIZE, encoder.encode(value))
+    options = WriterOptions(
+        compression=CompressOption.parse(compress), unit=unit, op_count_max=max(len(ops), 1), scratch=False
+    )
+    writer = create_writer(cow, options)
+    for kind, first, value, *rest in ops:
+        if isinstance(value, bytes) and rest:
+            writer.xor(first, value, *divmod(rest[0], BLOCK_SIZE))
+        elif isinstance(value, bytes):
+            writer.raw(first, value)
         elif kind == "copy":
             writer.copy(first, value)
         else:
@@ -64,12 +81,12 @@ def written(
 def view(cow: SimStore, base: bytes, size: int | None = None) -> CowView:
     """The new image of a COW file over a base."""
     below = store(base)
-    return CowView(block_map(cow, base, size), cow, source=below, base=below)
+    return CowView(extent_map(cow, base, size), cow, source=below, base=below)
 
 
-def block_map(cow: SimStore, base: bytes, size: int | None = None) -> BlockMap:
+def extent_map(cow: SimStore, base: bytes, size: int | None = None) -> ExtentMap:
     """The checked map of a COW file over a base."""
-    return CowFile.parse(cow).block_map(len(base), size)
+    return CowFile.parse(cow).extent_map(len(base), size)
 
 
 def content(cow: SimStore, base: bytes, size: int | None = None) -> bytes:
@@ -78,17 +95,26 @@ def content(cow: SimStore, base: bytes, size: int | None = None) -> bytes:
     return read_bytes(new, 0, new.size)
 
 
-def merged_in_stream_order(cow: SimStore, base: bytes, size: int) -> bytes:
-    """What an ordered merge leaves: every op executed in stream order on one image (COW-70)."""
+def merged_in_order(cow: SimStore, base: bytes, size: int) -> bytes:
+    """What an ordered merge leaves: every op executed in merge order on one image (COW-68, COW-70)."""
     parsed = CowFile.parse(cow)
-    ops = parsed.block_map(len(base), size)
+    ops = parsed.extent_map(len(base), size)
     new = view(cow, base, size)
     device = bytearray(base.ljust(size, b"\xee"))
-    for index in range(ops.op_count):
+    for index in merge_list(parsed).tolist():
         op = ops.op(index)
         start, length = op.new_block * BLOCK_SIZE, op.blocks * BLOCK_SIZE
         if op.type is OpType.COPY:
             device[start : start + length] = device[op.source * BLOCK_SIZE : op.source * BLOCK_SIZE + length]
+        elif op.type is OpType.XOR:
+            # What is to be XORed with the source: its image over the base, without the base's part in it.
+            payload = xored(read_bytes(new, start, length), base[op.source : op.source + length])
+            device[start : start + length] = xored(payload, bytes(device[op.source : op.source + length]))
         else:
             device[start : start + length] = read_bytes(new, start, length)
     return bytes(device[:size])
+
+
+def xored(one: bytes, other: bytes) -> bytes:
+    """Byte by byte."""
+    return (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).to_bytes(len(one), "little")

@@ -82,8 +82,8 @@ COW = CowFile.parse(PAYLOADS)
 
 
 def leave_record(cow: Path, ops_digest: int = COW.ops_digest) -> None:
-    block_map = COW.block_map(len(OLD))
-    digests = [digest_targets(block_map, store(content)) for content in (OLD, NEW)]
+    extent_map = COW.extent_map(len(OLD))
+    digests = [digest_targets(extent_map, store(content)) for content in (OLD, NEW)]
     write_record(cow, MergeRecord(ops_digest, *digests))
 
 
@@ -120,8 +120,8 @@ def test_a_grown_image_is_told_by_what_lies_behind_the_old_end(cow: Path) -> Non
     """UNDO-23: behind its end the old image counts as zeros."""
     payloads = written(("replace", 4, block(5)))
     grown = CowFile.parse(payloads)
-    block_map = grown.block_map(len(OLD))
-    digests = [digest_targets(block_map, store(content)) for content in (OLD, OLD + block(5))]
+    extent_map = grown.extent_map(len(OLD))
+    digests = [digest_targets(extent_map, store(content)) for content in (OLD, OLD + block(5))]
     write_record(cow, MergeRecord(grown.ops_digest, *digests))
     assert not holds_new_image(grown, cow, payloads, store(OLD))
     assert holds_new_image(grown, cow, payloads, store(OLD + block(5)))

@@ -56,9 +56,12 @@ def test_printed_sizes_are_close(size: int) -> None:
 
 
 def test_a_record_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """One aligned line a field; sizes, yes and no, seconds and nothing in words."""
-    show({"image_bytes": 3 << 20, "ok": True, "seconds": 1.239, "damage": (), "name": None}, Format.TABLE)
-    assert capsys.readouterr().out == "image    3 MiB\nok       yes\nseconds  1.24\ndamage   -\nname     -\n"
+    """One aligned line a field; sizes, yes and no, seconds and nothing in words; lists with one item a line."""
+    record = {"image_bytes": 3 << 20, "ok": True, "seconds": 1.239, "damage": (), "name": None, "labels": ["a", "b"]}
+    show(record, Format.TABLE)
+    assert capsys.readouterr().out == (
+        "image    3 MiB\nok       yes\nseconds  1.24\ndamage   -\nname     -\nlabels   a\n         b\n"
+    )
 
 
 def test_a_record_as_json(capsys: pytest.CaptureFixture[str]) -> None:

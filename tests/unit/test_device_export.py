@@ -1,6 +1,5 @@
 """The export over real sockets, with the clock and the answers in the test's hand."""
 
-import array
 import errno
 import os
 import random
@@ -11,14 +10,13 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from zeromap import zero_map
 
 from snapd.block.bio import MAX_BIO_BYTES
 from snapd.block.clock import ManualClock
 from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore
 from snapd.block.store import WritableBuffer
-from snapd.cow.blockmap import BlockMap
-from snapd.cow.format import Compression
 from snapd.device.connection import CREDIT_BYTES, MIN_CHARGE_BYTES, STALL_MS
 from snapd.device.export import CREDIT_BYTES as EXPORT_CREDIT_BYTES
 from snapd.device.export import MAX_CONNECTIONS, Export
@@ -124,20 +122,10 @@ class Bench:
         self.file.write(OLD)
         self.file.flush()
         self.base = Base(FileStore(self.file.fileno()))
-        table = array.array("i", [-1]) * BLOCKS
-        for start, end in DAEMONS_BLOCKS:
-            for block in range(start, end):
-                table[block] = 0
-        block_map = BlockMap(
-            block_size=BLOCK,
-            compression=Compression.NONE,
-            max_unit=BLOCK,
-            ops_digest=0,
-            op_of_block=memoryview(table),
-            ops=bytes(16),
-        )
+        changed = {block for start, end in DAEMONS_BLOCKS for block in range(start, end)}
+        extent_map = zero_map(changed, BLOCKS, block_size=BLOCK)
         with open(os.path.join(directory, "shared"), "w+b") as file:
-            self.shared = SharedMap.create(file.fileno(), block_map, uuid.UUID(int=1), 1)
+            self.shared = SharedMap.create(file.fileno(), extent_map, uuid.UUID(int=1), 1)
         self.read_path = ReadPath(self.target, self.base, self.shared, BLOCK)
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.path)

@@ -15,6 +15,7 @@ from snapd.block.file import FileStore
 from snapd.block.store import WritableBuffer
 from snapd.cow.compress import CompressOption
 from snapd.cow.create import create_cow
+from snapd.cow.createoptions import CreateOptions
 from snapd.cow.format import BLOCK_SIZE
 from snapd.cow.reader import CowFile
 from snapd.merge.extract_old import extract_old, is_undo_store
@@ -34,13 +35,14 @@ class Merging:
     def __init__(self, folder: Path) -> None:
         (folder / "base").write_bytes(OLD)
         (folder / "new").write_bytes(NEW)
-        create_cow(folder / "base", folder / "new", folder / "cow", CompressOption.parse("lz4"), 65536, lambda *_: None)
+        options = CreateOptions(compression=CompressOption.parse("lz4"))
+        create_cow(folder / "base", folder / "new", folder / "cow", options, lambda *_: None)
         self._closing = contextlib.ExitStack()
         self.base = self._open(folder / "base")
-        block_map = CowFile.parse(self._open(folder / "cow")).block_map(len(OLD))
-        identity = UndoIdentity(uuid.UUID(int=1), 1, block_map.ops_digest, len(OLD))
+        extent_map = CowFile.parse(self._open(folder / "cow")).extent_map(len(OLD))
+        identity = UndoIdentity(uuid.UUID(int=1), 1, extent_map.ops_digest, len(OLD))
         self.undo = UndoWriter.create(
-            self._open(folder / "undo.cow"), self._open(folder / f"undo.cow{SUFFIX}"), identity, block_map
+            self._open(folder / "undo.cow"), self._open(folder / f"undo.cow{SUFFIX}"), identity, extent_map
         )
         self.done = 0
 

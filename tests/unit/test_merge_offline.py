@@ -1,5 +1,6 @@
 """`merge_offline` on real files: every step may be the last one, and the next call finishes or refuses."""
 
+import contextlib
 import errno
 import os
 import uuid
@@ -15,11 +16,12 @@ from snapd.block.lock import open_locked
 from snapd.block.store import read_bytes
 from snapd.cow import history
 from snapd.cow.claim import claim
-from snapd.cow.compress import CompressOption, Encoder
+from snapd.cow.compress import CompressOption
 from snapd.cow.format import PROGRESS, PROGRESS_OFFSET
 from snapd.cow.reader import CowFile
 from snapd.cow.view import CowView
-from snapd.cow.writer import CowWriter
+from snapd.cow.writer import create_writer
+from snapd.cow.writeroptions import WriterOptions
 from snapd.merge import offline
 from snapd.merge.engine import Merge
 from snapd.merge.offline import MergeReport, merge_offline
@@ -36,30 +38,36 @@ class Stopped(Exception):
 class Case:
     """A base, a COW over it with every kind of op, and the image that it describes; the target is longer."""
 
-    def __init__(self, directory: Path, seed: int = 0, *, grow: int = 2) -> None:
+    def __init__(self, directory: Path, seed: int = 0, *, grow: int = 2, version: int = 3) -> None:
         random = Random(seed)
         old = [random.randbytes(16) * 256 for _ in range(BLOCKS)]
         new = [*old, *(random.randbytes(BLOCK) for _ in range(grow))]
         self.cow, self.base = directory / f"c{seed}.cow", directory / f"base{seed}"
         self.base.write_bytes(b"".join(old))
-        option = CompressOption.parse("zstd")
-        encoder = Encoder(option)
+        options = WriterOptions(
+            version=version,
+            compression=CompressOption.parse("zstd"),
+            unit=64 << 10 if version == 3 else BLOCK,
+            op_count_max=BLOCKS + grow,
+        )
         fd = os.open(self.cow, os.O_RDWR | os.O_CREAT)
-        writer = CowWriter(FileStore(fd), op_count_max=BLOCKS + grow, option=option, unit=64 << 10)
-        new[0:2] = old[1], old[0]
-        writer.copy(0, 1)
-        writer.copy(1, 0)
-        new[5] = bytes(BLOCK)
-        writer.zero(5)
-        new[8:24] = [random.randbytes(64) * 64 for _ in range(16)]
-        writer.replace(8, 16, encoder.encode(b"".join(new[8:24])))
-        writer.replace(30, 1, encoder.encode(old[30]))
-        for block in range(BLOCKS, BLOCKS + grow):
-            writer.replace(block, 1, encoder.encode(new[block]))
-        writer.finalize()
+        with contextlib.closing(create_writer(FileStore(fd), options)) as writer:
+            new[0:2] = old[1], old[0]
+            writer.copy(0, 1)
+            writer.copy(1, 0)
+            below = b"".join(old)[3 * BLOCK + 100 : 4 * BLOCK + 100]
+            new[3] = random.randbytes(BLOCK)
+            writer.xor(3, bytes(one ^ other for one, other in zip(new[3], below, strict=True)), 3, 100)
+            new[5] = bytes(BLOCK)
+            writer.zero(5)
+            new[8:24] = [random.randbytes(64) * 64 for _ in range(16)]
+            writer.raw(8, b"".join(new[8:24]))
+            writer.raw(30, old[30])
+            writer.raw(BLOCKS, b"".join(new[BLOCKS:]))
+            writer.finalize()
         os.close(fd)
         self.old, self.new = b"".join(old), b"".join(new)
-        self.changed_blocks = 2 + 1 + 16 + grow
+        self.changed_blocks = 2 + 1 + 1 + 16 + grow
 
     @property
     def undo(self) -> Path:
@@ -85,9 +93,10 @@ class Case:
         return {str(path): path.read_bytes() for path in found}
 
 
-def test_it_merges_in_place_and_says_what_it_did(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_it_merges_in_place_and_says_what_it_did(tmp_path: Path, version: int) -> None:
     """UNDO-9, COW-145: the base is the new image, read back; C is marked; nothing is left behind."""
-    case = Case(tmp_path)
+    case = Case(tmp_path, version=version)
     seen: list[tuple[int, int]] = []
     report = case.merge(lambda done, total: seen.append((done, total)))
     case.check_done()
@@ -264,7 +273,7 @@ def test_both_images_are_readable_in_between(tmp_path: Path) -> None:
     undo = os.open(case.undo / "undo.cow", os.O_RDONLY)
     base = os.open(case.base, os.O_RDONLY)
     try:
-        plain = CowFile.parse(FileStore(undo)).block_map(len(case.old))
+        plain = CowFile.parse(FileStore(undo)).extent_map(len(case.old))
         view = CowView(plain, FileStore(undo), source=FileStore(base), base=FileStore(base))
         assert read_bytes(view, 0, len(case.old)) == case.old
         assert case.base.read_bytes() != case.old
@@ -326,7 +335,8 @@ def test_an_empty_cow_is_complete_at_once(tmp_path: Path) -> None:
     """COW-212: no ops, the target is the base."""
     case = Case(tmp_path)
     fd = os.open(tmp_path / "empty.cow", os.O_RDWR | os.O_CREAT)
-    CowWriter(FileStore(fd), op_count_max=4, option=CompressOption.parse("none")).finalize()
+    options = WriterOptions(compression=CompressOption.parse("none"), op_count_max=4)
+    create_writer(FileStore(fd), options).finalize()
     os.close(fd)
     case.cow = tmp_path / "empty.cow"
     report = case.merge()

@@ -33,7 +33,7 @@ class RealCase:
     def merge(self) -> None:
         state = Merge(
             snapshot=SNAPSHOT,
-            block_map=self.world.block_map,
+            extent_map=self.world.extent_map,
             cow=self.world.cow,
             base=self.base,
             files=self.files,
@@ -51,7 +51,7 @@ class RealCase:
 def test_it_opens_the_undo_store_when_there_is_something_in_it(tmp_path: Path, seed: int) -> None:
     """UNDO-3, UNDO-25: one view object is exact before, and after the merge published and overwrote."""
     case = RealCase(tmp_path, seed)
-    view = OldView(case.base, case.directory_fd, case.shared, case.world.block_map)
+    view = OldView(case.base, case.directory_fd, case.shared, case.world.extent_map)
     wanted = b"".join(case.world.old)
     assert read_bytes(view, 0, len(wanted)) == wanted
     case.merge()
@@ -70,7 +70,7 @@ def test_a_missing_undo_store_fails_reads_and_does_not_lie(tmp_path: Path) -> No
     case.merge()
     assert case.shared.undo_op_count
     os.unlink(tmp_path / "undo" / "undo.cow")
-    view = OldView(case.base, case.directory_fd, case.shared, case.world.block_map)
+    view = OldView(case.base, case.directory_fd, case.shared, case.world.extent_map)
     with pytest.raises(SnapdError, match="missing"):
         read_bytes(view, 0, 4096)
     case.close()
@@ -85,7 +85,7 @@ def test_the_directory_goes_only_when_nothing_needs_it(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "undo")) == ["state", "undo.cow", "undo.cow.digests"]
     Merge(
         snapshot=SNAPSHOT,
-        block_map=case.world.block_map,
+        extent_map=case.world.extent_map,
         cow=case.world.cow,
         base=case.base,
         files=case.files,

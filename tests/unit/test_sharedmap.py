@@ -2,34 +2,27 @@
 
 import os
 import uuid
-from array import array
 
 import pytest
 from merge_world import memory_file
+from zeromap import zero_map
 
 from snapd.block.errors import SnapdError
-from snapd.cow.blockmap import NO_OP, BlockMap
-from snapd.cow.format import Compression
+from snapd.cow.extentmap import ExtentMap
 from snapd.merge.sharedmap import MERGED, PENDING, UNTOUCHED, SharedMap
 
 SNAPSHOT = uuid.UUID(int=1)
 
 
-def block_map(blocks: list[int]) -> BlockMap:
-    return BlockMap(
-        block_size=4096,
-        compression=Compression.NONE,
-        max_unit=4096,
-        ops_digest=0,
-        op_of_block=memoryview(array("i", blocks)),
-        ops=b"",
-    )
+def extent_map(changed: str) -> ExtentMap:
+    """A map with a block for each character, those with an op marked `x`."""
+    return zero_map({block for block, mark in enumerate(changed) if mark == "x"}, len(changed))
 
 
 def test_a_new_map_lets_only_untouched_blocks_through() -> None:
     """UNDO-26: before a merge only blocks outside T may be read from the base."""
     with memory_file() as fd:
-        shared = SharedMap.create(fd, block_map([NO_OP, 0, 1, NO_OP]), SNAPSHOT, 4)
+        shared = SharedMap.create(fd, extent_map("-xx-"), SNAPSHOT, 4)
     assert [shared.state(b) for b in range(4)] == [UNTOUCHED, PENDING, PENDING, UNTOUCHED]
     assert shared.undo_op_count == 0
     assert shared.new_view_on_base(3, 4)
@@ -39,7 +32,7 @@ def test_a_new_map_lets_only_untouched_blocks_through() -> None:
 def test_another_mapping_sees_what_is_published() -> None:
     """UNDO-12 c': the reader's mapping is of the same file."""
     with memory_file() as fd:
-        writer = SharedMap.create(fd, block_map([0, 1]), SNAPSHOT, 4)
+        writer = SharedMap.create(fd, extent_map("xx"), SNAPSHOT, 4)
         reader = SharedMap(fd)
     writer.publish(1 << 40)
     writer.mark_merged(0, 1)
@@ -51,7 +44,7 @@ def test_another_mapping_sees_what_is_published() -> None:
 def test_marking_a_range_leaves_blocks_without_op_untouched() -> None:
     """UNDO-26: a range that is done may contain blocks that no merge writes; those stay right in both views."""
     with memory_file() as fd:
-        shared = SharedMap.create(fd, block_map([0, NO_OP, 1]), SNAPSHOT, 1)
+        shared = SharedMap.create(fd, extent_map("x-x"), SNAPSHOT, 1)
     shared.mark_merged(0, 3)
     assert [shared.state(b) for b in range(3)] == [MERGED, UNTOUCHED, MERGED]
     assert shared.new_view_on_base(0, 3)
@@ -59,9 +52,8 @@ def test_marking_a_range_leaves_blocks_without_op_untouched() -> None:
 
 def test_withdrawing_takes_back_every_mark() -> None:
     """UNDO-26: before a rollback writes, nothing of T is passed down; the undo count stays."""
-    blocks = [NO_OP if b % 3 == 0 else b for b in range(5000)]
     with memory_file() as fd:
-        shared = SharedMap.create(fd, block_map(blocks), SNAPSHOT, 1)
+        shared = SharedMap.create(fd, extent_map(("-xx" * 1667)[:5000]), SNAPSHOT, 1)
     shared.publish(9)
     shared.mark_merged(0, 5000)
     shared.withdraw()

@@ -100,6 +100,51 @@ def test_a_grown_file_may_lose_its_growth() -> None:
     assert sizes == {512, 1536}
 
 
+def after_a_cut(seed: int, *, flushed: bool = False) -> bytes:
+    """What a power cut leaves of 1024 bytes that were cut to 300."""
+    disk = SimDisk(Random(seed))
+    store = disk.store("f", b"a" * 1024)
+    store.truncate(300)
+    assert content(store) == b"a" * 300
+    if flushed:
+        store.flush()
+    disk.power_cut()
+    return content(store)
+
+
+def test_a_cut_file_may_get_its_end_back() -> None:
+    """Before the flush the old size may survive, and with it what was cut off."""
+    assert {after_a_cut(seed) for seed in SEEDS} == {b"a" * 300, b"a" * 1024}
+    assert {after_a_cut(seed, flushed=True) for seed in SEEDS} == {b"a" * 300}
+
+
+def test_what_is_written_behind_a_cut_needs_the_cut() -> None:
+    """Old bytes never show beside those that were written where they had been cut off."""
+    found = set()
+    for seed in SEEDS:
+        disk = SimDisk(Random(seed))
+        store = disk.store("f", b"a" * 2048)
+        store.write(b"b" * 512, 0)
+        store.truncate(600)
+        store.write(b"c" * 512, 1024)
+        disk.power_cut()
+        found.add(content(store))
+    uncut = {start + b"a" * 1536 for start in (b"a" * 512, b"b" * 512)}
+    cut = {start + b"a" * 88 for start in (b"a" * 512, b"b" * 512)}
+    grown = {short + bytes(424) + end for short in cut for end in (bytes(512), b"c" * 512)}
+    assert found == uncut | cut | grown
+
+
+def test_what_was_cut_off_is_zeros_when_the_file_grows_again() -> None:
+    """As long as nobody pulls the plug, no old byte shows behind the cut."""
+    store = SimDisk(Random(0)).store("f", b"a" * 1024)
+    store.truncate(300)
+    store.write(b"b", 1023)
+    assert content(store) == b"a" * 300 + bytes(723) + b"b"
+    store.truncate(2048)
+    assert content(store)[1024:] == bytes(1024)
+
+
 def test_a_stop_does_nothing_of_its_operation() -> None:
     """Operation number `stop_at` does not happen, and none behind it."""
     disk = SimDisk(Random(1))

@@ -1,13 +1,12 @@
 """T as runs and pieces, compared with the plain definition."""
 
-from array import array
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from random import Random
 
+from zeromap import zero_map
+
 from snapd.block.extent import Extent
-from snapd.cow.blockmap import BlockMap
-from snapd.cow.format import Compression
 from snapd.merge.targets import Targets
 
 BLOCK = 4096
@@ -28,18 +27,7 @@ def coalesce(blocks: Iterable[int]) -> Iterator[Extent]:
 
 
 def targets(blocks: set[int], count: int, piece_blocks: int) -> Targets:
-    table = array("i", [0 if b in blocks else -1 for b in range(count)])
-    return Targets(
-        BlockMap(
-            block_size=BLOCK,
-            compression=Compression.NONE,
-            max_unit=BLOCK,
-            ops_digest=0,
-            op_of_block=memoryview(table),
-            ops=b"",
-        ),
-        piece_blocks * BLOCK,
-    )
+    return Targets(zero_map(blocks, count, block_size=BLOCK), piece_blocks * BLOCK)
 
 
 def test_runs_and_pieces_cover_exactly_t() -> None:
@@ -69,9 +57,9 @@ def test_long_gaps_are_not_read_over() -> None:
     assert [(p.start, p.end) for p in pieces] == [(0, 17), (34, 35)]
 
 
-def test_runs_cross_windows() -> None:
-    """A table longer than one look is walked on."""
-    count = (1 << 20) + 10
-    t = targets({0, (1 << 20) - 1, 1 << 20, count - 1}, count, 4)
-    assert [r.start for r in t.runs(0)] == [0, (1 << 20) - 1, 1 << 20, count - 1]
-    assert [(p.start, p.length) for p in t.pieces(1)] == [((1 << 20) - 1, 2), (count - 1, 1)]
+def test_runs_begin_where_they_are_asked_for() -> None:
+    """From the middle of a run on, and from behind the last one."""
+    t = targets({0, 4, 5, 6, 9}, 12, 4)
+    assert list(t.runs(5)) == [Extent(5, 2), Extent(9, 1)]
+    assert list(t.runs(10)) == []
+    assert t.count(5, 12) == 3

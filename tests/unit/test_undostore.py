@@ -3,18 +3,19 @@
 import errno
 import os
 import uuid
-from array import array
 from pathlib import Path
 from random import Random
 
 import pytest
+from zeromap import zero_map
 
 from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore
 from snapd.block.simdisk import SimDisk, SimStore
 from snapd.block.store import read_bytes
-from snapd.cow.blockmap import BlockMap
-from snapd.cow.format import Compression, OpType
+from snapd.cow.extentmap import ExtentMap
+from snapd.cow.format import OP_SIZE_V3, OpType
+from snapd.cow.op import Op
 from snapd.cow.reader import CowFile
 from snapd.cow.view import CowView
 from snapd.merge.undostore import UndoStore
@@ -26,15 +27,9 @@ BLOCKS = 100
 IDENTITY = UndoIdentity(uuid.UUID(int=3), 1, 0x1234, BLOCKS * BLOCK)
 
 
-def targets(without: frozenset[int] = frozenset()) -> BlockMap:
-    return BlockMap(
-        block_size=BLOCK,
-        compression=Compression.NONE,
-        max_unit=BLOCK,
-        ops_digest=IDENTITY.ops_digest,
-        op_of_block=memoryview(array("i", [-1 if b in without else 0 for b in range(BLOCKS)])),
-        ops=b"",
-    )
+def targets(without: frozenset[int] = frozenset()) -> ExtentMap:
+    changed = {block for block in range(BLOCKS) if block not in without}
+    return zero_map(changed, BLOCKS, ops_digest=IDENTITY.ops_digest)
 
 
 class Fixture:
@@ -99,14 +94,14 @@ def test_it_is_a_plain_cow_file() -> None:
     f.save(0, 30)
     f.save(30, 31)
     cow = CowFile.parse(f.store)
-    assert set(cow.type.tolist()) == {OpType.REPLACE, OpType.ZERO}
-    assert cow.new_block.tolist() == sorted(cow.new_block.tolist())
-    assert [b for b, t in zip(cow.new_block, cow.type, strict=True) if t == OpType.ZERO] == [7, 17, 27]
+    assert set(cow.ops.type.tolist()) == {OpType.REPLACE, OpType.ZERO}
+    assert cow.ops.new_block.tolist() == sorted(cow.ops.new_block.tolist())
+    assert [b for b, t in zip(cow.ops.new_block, cow.ops.type, strict=True) if t == OpType.ZERO] == [7, 17, 27]
     assert cow.header.num_merge_ops == 0
     assert cow.header.op_count_max == BLOCKS
-    assert int(cow.blocks.max()) == 8, "a run of nine is a unit of eight and one of one"
+    assert int(cow.ops.blocks.max()) == 8, "a run of nine is a unit of eight and one of one"
     base = SimDisk(Random(1)).store("base", b"N" * BLOCKS * BLOCK)
-    view = CowView(cow.block_map(BLOCKS * BLOCK), f.store, source=base, base=base)
+    view = CowView(cow.extent_map(BLOCKS * BLOCK), f.store, source=base, base=base)
     assert read_bytes(view, 0, 31 * BLOCK) == b"".join(f.image[:31])
 
 
@@ -159,7 +154,7 @@ def test_a_damaged_payload_fails_exactly_its_op() -> None:
     f = Fixture()
     f.save(0, 40)
     undo = f.reader()
-    op = next(o for o in map(undo._view._map.op, range(undo.op_count)) if o.new_block == 8)
+    _, op = undo._op_of(8)
     for at in (op.source, op.source + op.data_length - 1):
         f.flip(f.store, at)
         damaged = f.reader()
@@ -174,7 +169,7 @@ def test_a_damaged_record_or_entry_fails_its_op_and_is_never_taken_for_lacking(i
     """UNDO-12a, UNDO-15: between whole neighbours exactly the op's blocks fail, in U as far as T goes."""
     f = Fixture()
     f.save(0, 40)
-    op = f.reader()._view._map.op(index)
+    op = Op.unpack(bytes(f.reader()._ops), index * OP_SIZE_V3)
     if part == "record":
         f.flip(f.store, f.reader().header.ops_start + index * 16 + 5)
     else:
