@@ -34,12 +34,15 @@ _Path = str | os.PathLike[str]
 class VerifyReport:
     """The result; `ok` means that nothing is damaged or tolerated and no kind of merge refuses the file.
 
+    `end` is how the file ends (`End`), `digests` what its table knows: "none", "label" or "final".
     `compared_bytes` of the target were compared with digests, `decoded_bytes` of payloads decoded because that was
     asked for; `not_checked` names what was not looked at, and why. `damage` describes the first ten findings. A merge
     is "accepted", or its refusal told.
     """
 
     ok: bool
+    end: str
+    digests: str
     ops: int
     payload_bytes: int
     compared_bytes: int
@@ -99,6 +102,8 @@ def verify_cow(
     ordered, reversible = _merges(cow, damaged=blocks.count + ops.count > 0)
     return VerifyReport(
         ok=not (blocks.count or ops.count or cow.tolerated.count or "refused" in ordered + reversible),
+        end=cow.end,
+        digests="none" if digests is None else "final" if digests.is_final else "label",
         ops=cow.op_count,
         payload_bytes=int(cow.ops.data_length.sum()),
         compared_bytes=compared_bytes,

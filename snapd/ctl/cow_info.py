@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from snapd.ctl.cow_end import end_text
 from snapd.ctl.cow_options import LabelOption, LenientOption
 from snapd.ctl.output import Format, OutputOption, show
 
@@ -50,15 +51,9 @@ def info(
 
 def _for_people(found: "CowInfo", label: int | None) -> dict[str, object]:
     """The record without what this version does not have, and with what the words mean."""
-    ends = {
-        "finished": "finished",
-        "label": f"cut at label {label}",
-        "open": "open: a version 3 file does not say whether more was to come (COW-214)",
-    }
-    if found.digests == "final":
-        ends["open"] = "finished: version 3 has no mark for it (COW-214), but the digests are final"
+    end = end_text(found.end, label=label, final_digests=found.digests == "final")
     shown = [f"{point.label}, after {point.op_count} ops" for point in found.labels[-_SHOWN_LABELS:]]
     if more := len(found.labels) - len(shown):
         shown.insert(0, f"{more} more")
-    record = asdict(found) | {"end": ends[found.end], "labels": shown}
+    record = asdict(found) | {"end": end, "labels": shown}
     return {key: value for key, value in record.items() if value is not None}

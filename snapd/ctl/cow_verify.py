@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from snapd.ctl.cow_end import end_text
 from snapd.ctl.cow_options import IgnoreDigestsOption, LabelOption, LenientOption
 from snapd.ctl.errors import FAILED
 from snapd.ctl.output import Format, OutputOption, show
@@ -34,6 +35,9 @@ def verify(
         report = verify_cow(
             cow, base, progress, label=label, lenient=lenient, payloads=payloads, ignore_digests=ignore_digests
         )
-    show(asdict(report), output)
+    record = asdict(report)
+    if output is Format.TABLE:
+        record["end"] = end_text(report.end, label=label, final_digests=report.digests == "final")
+    show(record, output)
     if not report.ok:
         raise typer.Exit(FAILED)
