@@ -163,7 +163,7 @@ class DigestLog:
     def put(self, block: int, digests: "Sequence[int] | _Digests") -> None:
         """Digests of the blocks from `block` on; a later one for the same block wins."""
         if isinstance(digests, np.ndarray):
-            self._pending.frombytes(np.ascontiguousarray(digests, dtype="<u8").tobytes())
+            self._pending.frombytes(np.ascontiguousarray(digests, dtype="<u8").data.cast("B"))
         else:
             self._pending.extend(digests)
         if self._runs and sum(self._runs[-1]) == block:
@@ -186,26 +186,26 @@ class DigestLog:
 
     def _append(self, kind: int, label: int, state: State, target_blocks: int, target_digest: bytes) -> None:
         piece = self._pending_piece()
-        segment = b"".join(
-            (
-                _SEGMENT.pack(
-                    *(kind, len(self._runs), label, *state, target_blocks, target_digest),
-                    *(len(self._pending), self._chain),
-                ),
-                piece.runs.tobytes(),
-                piece.digests.tobytes(),
-            )
+        head = _SEGMENT.pack(
+            *(kind, len(piece.runs), label, *state, target_blocks, target_digest),
+            *(len(piece.digests), self._chain),
         )
-        checksum = xxhash.xxh3_64_intdigest(segment)
-        self._store.write(segment + _CHECKSUM.pack(checksum), self._end)
+        hasher = xxhash.xxh3_64()
+        # Part by part: a table of a large image is not to be held twice.
+        for part in (head, piece.runs.tobytes(), piece.digests.view(np.uint8).data):
+            if len(part):
+                self._store.write(part, self._end)
+                self._end += len(part)
+                hasher.update(part)
+        self._chain = hasher.intdigest()
+        self._store.write(_CHECKSUM.pack(self._chain), self._end)
+        self._end += _CHECKSUM.size
         self._store.flush()
         self._pieces.append(piece)
-        self._end += len(segment) + _CHECKSUM.size
-        self._chain = checksum
         self._runs, self._pending = [], array("Q")
 
     def _pending_piece(self) -> _Piece:
-        return _Piece(np.array(self._runs, dtype="<u4").reshape(-1, 2), np.array(self._pending, dtype="<u8"))
+        return _Piece(np.array(self._runs, dtype="<u4").reshape(-1, 2), np.frombuffer(self._pending, dtype="<u8"))
 
 
 def load_digests(cow_path: str | os.PathLike[str], cow: "CowFile") -> DigestTable | None:
@@ -308,4 +308,4 @@ def _dense(pieces: "Sequence[_Piece]", target_blocks: int) -> _Digests:
 
 
 def _whole(dense: _Digests) -> bytes:
-    return xxhash.xxh3_128_digest(dense.tobytes())
+    return xxhash.xxh3_128_digest(dense.data)
