@@ -14,10 +14,12 @@ test: .venv/test-ready lint
 long: .venv/test-ready
 	SNAPD_CRASH_SCALE=50 SNAPD_KILL_SEEDS=100 \
 		$(BIN)/pytest -n 2 --dist worksteal --timeout 0 tests/crash tests/e2e/test_service_kills.py
+	SNAPD_FUZZ_FILES=1000000 $(BIN)/pytest -n 2 --dist worksteal --timeout 0 -rP tests/fuzz/test_fuzz.py -k mutated
 
-# Figures, in one interleaved run with their spread; needs fio, qemu-nbd and nbdkit.
+# Figures, in interleaved runs with their spread; the first needs fio, qemu-nbd and nbdkit, the second e2fsprogs.
 bench: .venv/test-ready
 	$(BIN)/python tests/bench/bench_reads.py
+	$(BIN)/python tests/bench/bench_cow.py
 
 lint: .venv/test-ready
 	$(BIN)/ruff check .

@@ -20,9 +20,10 @@ import xxhash
 from snapd.block.errors import SnapdError
 from snapd.block.file import BlockDeviceStore
 from snapd.block.store import Buffer, Store
+from snapd.cow.callchecks import CallChecks, refused
 from snapd.cow.compress import Decoder
 from snapd.cow.errors import CowError
-from snapd.cow.format import SOURCE_LIMIT, Compression, OpType
+from snapd.cow.format import OpType
 from snapd.cow.header import Header
 from snapd.cow.mappedblocks import MappedBlocks
 from snapd.cow.payloadqueue import PayloadQueue, Unit
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from snapd.cow.reader import CowFile
     from snapd.cow.targetdigests import TargetDigests
 
-_BLOCK_LIMIT = 1 << 32
 _LABEL_LIMIT = 1 << 64
 
 
@@ -70,6 +70,7 @@ class CowWriter(ABC):
         self._options = options
         self._block_size = options.block_size
         self._digests = digests
+        self._checks = CallChecks(options, digests)
         self._change = _Change()
         self._mapped = MappedBlocks()
         self._hasher = xxhash.xxh3_64()
@@ -83,36 +84,33 @@ class CowWriter(ABC):
 
     def copy(self, new_block: int, source_block: int, count: int = 1) -> None:
         """`count` target blocks from `new_block` are the source blocks from `source_block`."""
-        self._check_run(new_block, count, ops=count)
-        self._check_source(source_block, source_block + count - 1)
-        if self._digests is not None:
-            self._digests.check_source(source_block * self._block_size, count * self._block_size)
+        self._checks.source(source_block, source_block + count - 1)
+        self._checks.source_bytes(source_block * self._block_size, count * self._block_size)
+        self._claim(new_block, count, ops=count)
         with self._change:
             self._settle()
             if self._digests is not None:
                 self._digests.copy(new_block, source_block, count)
-            self._take(new_block, count, ops=count)
             self._emit_run(OpType.COPY, new_block, source_block, count)
 
     def zero(self, new_block: int, count: int = 1) -> None:
         """`count` target blocks from `new_block` are all zeros."""
-        self._check_run(new_block, count, ops=count)
+        self._claim(new_block, count, ops=count)
         with self._change:
             self._settle()
             if self._digests is not None:
                 self._digests.zero(new_block, count)
-            self._take(new_block, count, ops=count)
             self._emit_run(OpType.ZERO, new_block, 0, count)
 
     def raw(self, new_block: int, data: Buffer) -> None:
         """The target blocks from `new_block` are `data`, in units as large as the options allow (COW-113)."""
         view = memoryview(data).cast("B")
-        units = self._options.cut(self._block_count(view))
-        self._check_run(new_block, len(view) // self._block_size, ops=len(units))
+        count = self._checks.block_count(view)
+        units = self._options.cut(count)
+        self._claim(new_block, count, ops=len(units))
         with self._change:
             if self._digests is not None:
                 self._digests.replace(new_block, view)
-            self._take(new_block, len(view) // self._block_size, ops=len(units))
             at = 0
             for blocks in units:
                 unit = bytes(view[at : at + blocks * self._block_size])
@@ -122,18 +120,16 @@ class CowWriter(ABC):
     def xor(self, new_block: int, data: Buffer, old_block: int, offset: int) -> None:
         """The target blocks from `new_block` are `data` XOR the source from byte `offset` of `old_block` (COW-55)."""
         view = memoryview(data).cast("B")
-        blocks = self._block_count(view)
+        blocks = self._checks.block_count(view)
         if not 0 <= offset < self._block_size:
-            raise _refused(f"offset {offset} is not within a block of {self._block_size} bytes", "COW-55")
+            raise refused(f"offset {offset} is not within a block of {self._block_size} bytes", "COW-55")
         source = old_block * self._block_size + offset
-        self._check_run(new_block, blocks, ops=blocks)
-        self._check_source(source, source + len(view) - self._block_size)
-        if self._digests is not None:
-            self._digests.check_source(source, len(view))
+        self._checks.source(source, source + len(view) - self._block_size)
+        self._checks.source_bytes(source, len(view))
+        self._claim(new_block, blocks, ops=blocks)
         with self._change:
             if self._digests is not None:
                 self._digests.xor(new_block, view, source)
-            self._take(new_block, blocks, ops=blocks)
             for i in range(blocks):
                 at = i * self._block_size
                 unit = bytes(view[at : at + self._block_size])
@@ -144,12 +140,11 @@ class CowWriter(ABC):
 
         `source` is the byte offset in the source image of an XOR op; for a replace op it does not matter.
         """
-        self._check_payload(kind, blocks, len(payload))
-        self._check_run(new_block, blocks, ops=1)
+        self._checks.payload(kind, blocks, len(payload))
         if kind is OpType.XOR:
-            self._check_source(source, source)
-            if self._digests is not None:
-                self._digests.check_source(source, self._block_size)
+            self._checks.source(source, source)
+            self._checks.source_bytes(source, self._block_size)
+        self._claim(new_block, blocks, ops=1)
         with self._change:
             self._settle()
             if self._digests is not None:
@@ -158,21 +153,19 @@ class CowWriter(ABC):
                     self._digests.xor(new_block, unit, source)
                 else:
                     self._digests.replace(new_block, unit)
-            self._take(new_block, blocks, ops=1)
             self._emit(kind, new_block, blocks, source, payload)
 
     def sequence(self, blocks: Iterable[int]) -> None:
         """The target blocks whose ops an ordered merge takes first, in its order; before anything else (COW-50)."""
         listed = list(blocks)
         if not self._is_fresh:
-            raise _refused("a sequence comes before all ops and labels, and only once", "COW-50")
+            raise refused("a sequence comes before all ops and labels, and only once", "COW-50")
         self._check_sequence()
         named = MappedBlocks()
         for block in listed:
-            self._check_blocks(block, 1)
-            if named.first_of(block, 1) is not None:
-                raise _refused(f"the sequence names block {block} twice", "COW-67")
-            named.add(block, 1)
+            self._checks.target(block, 1)
+            if named.claim(block, 1) is not None:
+                raise refused(f"the sequence names block {block} twice", "COW-67")
         with self._change:
             self._is_fresh = False
             self._emit_sequence(struct.pack(f"<{len(listed)}I", *listed))
@@ -180,7 +173,7 @@ class CowWriter(ABC):
     def label(self, number: int) -> None:
         """Make everything that was added durable, as what lies before the label `number` (COW-81)."""
         if not 0 <= number < _LABEL_LIMIT:
-            raise _refused(f"label {number} needs more than 64 bits", "COW-81", errno.ERANGE)
+            raise refused(f"label {number} needs more than 64 bits", "COW-81", errno.ERANGE)
         with self._change:
             self._settle()
             self._is_fresh = False
@@ -270,10 +263,10 @@ class CowWriter(ABC):
         self._store.flush()
 
     def _resume(self, cow: "CowFile") -> None:
-        """Go on behind the ops that a file keeps, which are durable now: a writer that was killed may not have flushed."""
+        """Go on behind the ops that a file keeps. They get durable: a writer that was killed may not have flushed."""
         self._flush()
         for start, blocks in zip(cow.ops.new_block.tolist(), cow.ops.blocks.tolist(), strict=True):
-            self._mapped.add(start, blocks)
+            self._mapped.claim(start, blocks)
         self._hasher.update(cow.ops.records)
         self._op_count = cow.op_count
         self._is_fresh = False
@@ -301,49 +294,12 @@ class CowWriter(ABC):
         if self._digests is not None:
             self._digests.finish(self._mapped, op_count=self._op_count, ops_digest=self._hasher.intdigest())
 
-    # Checks
-
-    def _check_run(self, new_block: int, count: int, *, ops: int) -> None:
-        self._check_blocks(new_block, count)
+    def _claim(self, new_block: int, count: int, *, ops: int) -> None:
+        """The last check of a call: the blocks are its own from now on, and so are op slots."""
+        self._checks.target(new_block, count)
         self._check_slots(ops)
-        if (block := self._mapped.first_of(new_block, count)) is not None:
-            raise _refused(f"target block {block} already has an op", "COW-61")
-
-    def _check_blocks(self, start: int, count: int) -> None:
-        if count < 1:
-            raise _refused(f"a call for {count} blocks", "COW-59")
-        if start < 0 or start + count > _BLOCK_LIMIT:
-            raise _refused(f"target block {start + count - 1} is not of 32 bits", "COW-23", errno.ERANGE)
-        limit = self._options.max_blocks
-        if limit is not None and start + count > limit:
-            raise _refused(f"target block {start + count - 1}, there are {limit}", "COW-60", errno.ERANGE)
-        if self._digests is not None:
-            self._digests.check_target(start, count)
-
-    def _check_source(self, first: int, last: int) -> None:
-        if first < 0 or last >= SOURCE_LIMIT:
-            raise _refused(f"source {last if first >= 0 else first} is not of 48 bits", "COW-23", errno.ERANGE)
-
-    def _check_payload(self, kind: OpType, blocks: int, length: int) -> None:
-        limit = self._options.unit_blocks if kind is OpType.REPLACE else 1
-        if kind not in (OpType.REPLACE, OpType.XOR) or not 1 <= blocks <= limit or blocks & (blocks - 1):
-            raise _refused(f"no op of type {kind} covers {blocks} blocks here", "COW-57")
-        unit = blocks * self._block_size
-        is_raw = self._options.compression.algorithm is Compression.NONE
-        # Streams of version 2 may be longer than their block (COW-105), as far as 16 bits go.
-        limit = unit if self._options.version == 3 else (1 << 16) - 1
-        if not 1 <= length <= limit or (is_raw and length != unit):
-            raise _refused(f"no payload of {length} bytes stores a unit of {unit}", "COW-109")
-
-    def _block_count(self, data: memoryview) -> int:
-        if len(data) % self._block_size:
-            raise _refused(f"{len(data)} bytes are not whole blocks of {self._block_size}", "COW-129")
-        return len(data) // self._block_size
-
-    # From calls to ops
-
-    def _take(self, new_block: int, count: int, *, ops: int) -> None:
-        self._mapped.add(new_block, count)
+        if (block := self._mapped.claim(new_block, count)) is not None:
+            raise refused(f"target block {block} already has an op", "COW-61")
         self._op_count += ops
         self._is_fresh = False
 
@@ -353,9 +309,7 @@ class CowWriter(ABC):
 
     def _settle(self) -> None:
         """Emit whatever is still on its way."""
+        if self._queue.is_empty:
+            return
         for done, payload in self._queue.drain():
             self._emit(done.type, done.new_block, done.blocks, done.source, payload)
-
-
-def _refused(message: str, statement: str, number: int = errno.EINVAL) -> CowError:
-    return CowError(message, statement=statement, number=number)

@@ -16,16 +16,15 @@ class MappedBlocks:
     def __init__(self) -> None:
         self._pages: dict[int, int] = {}
 
-    def add(self, start: int, count: int) -> None:
-        """Take in `count` blocks from `start`."""
-        for page, mask in _masks(start, count):
-            self._pages[page] = self._pages.get(page, 0) | mask
-
-    def first_of(self, start: int, count: int) -> int | None:
-        """The lowest of the `count` blocks from `start` that is in the set; None when none is."""
-        for page, mask in _masks(start, count):
-            if both := self._pages.get(page, 0) & mask:
+    def claim(self, start: int, count: int) -> int | None:
+        """Take in the blocks if none of them is in the set; else change nothing and return the lowest that is."""
+        masks = _masks(start, count)
+        pages = [self._pages.get(page, 0) for page, _ in masks]
+        for (page, mask), present in zip(masks, pages, strict=True):
+            if both := present & mask:
                 return page * _PAGE_BLOCKS + (both & -both).bit_length() - 1
+        for (page, mask), present in zip(masks, pages, strict=True):
+            self._pages[page] = present | mask
         return None
 
     def gaps(self, end: int) -> Iterator[Extent]:
@@ -40,10 +39,13 @@ class MappedBlocks:
                 missing &= -1 << skip + length
 
 
-def _masks(start: int, count: int) -> Iterator[tuple[int, int]]:
-    while count > 0:
-        page, bit = divmod(start, _PAGE_BLOCKS)
-        length = min(count, _PAGE_BLOCKS - bit)
-        yield page, (1 << length) - 1 << bit
-        start += length
-        count -= length
+def _masks(start: int, count: int) -> list[tuple[int, int]]:
+    """The run as (page, bits in it)."""
+    page, bit = divmod(start, _PAGE_BLOCKS)
+    masks = []
+    while bit + count > _PAGE_BLOCKS:
+        masks.append((page, (1 << _PAGE_BLOCKS) - (1 << bit)))
+        count -= _PAGE_BLOCKS - bit
+        page, bit = page + 1, 0
+    masks.append((page, (1 << count) - 1 << bit))
+    return masks

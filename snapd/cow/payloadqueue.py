@@ -4,7 +4,7 @@ Small units travel together, so that a thread has something to do; the tasks und
 memory. What comes back does not depend on the number of threads (COW-110).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from snapd.cow.compress import Encoder
@@ -29,33 +29,29 @@ _Task = list[tuple[Unit, bytes]]
 
 
 class PayloadQueue:
-    """Takes units and gives each back with its payload."""
+    """Takes units and gives each back with its payload; `is_empty` when it has given back all."""
 
     def __init__(self, options: WriterOptions) -> None:
         self._units: list[Unit] = []
         self._bytes = 0
-        self._is_empty = True
+        self.is_empty = True
         self._pool: OrderedPool[Encoder, _Task] = OrderedPool(
             options.threads, in_flight=2 * options.threads, make_state=options.encoder
         )
 
-    def push(self, unit: Unit) -> Iterator[tuple[Unit, bytes]]:
+    def push(self, unit: Unit) -> Iterable[tuple[Unit, bytes]]:
         """Take a unit; returns those that are done and had to make room, which the caller must consume."""
         self._units.append(unit)
         self._bytes += len(unit.data)
-        self._is_empty = False
-        if self._bytes >= _TASK_BYTES:
-            yield from self._submit()
+        self.is_empty = False
+        return () if self._bytes < _TASK_BYTES else self._submit()
 
     def drain(self) -> Iterator[tuple[Unit, bytes]]:
         """All units that are left."""
-        if self._is_empty:
-            return
-        if self._units:
-            yield from self._submit()
+        yield from self._submit()
         for task in self._pool.drain():
             yield from task
-        self._is_empty = True
+        self.is_empty = True
 
     def close(self) -> None:
         """End the threads and drop what is left."""

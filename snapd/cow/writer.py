@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from snapd.block.store import Store
 from snapd.cow.basewriter import CowWriter
+from snapd.cow.callchecks import refused
 from snapd.cow.compress import CompressOption
-from snapd.cow.errors import CowError
 from snapd.cow.format import DEFAULT_CLUSTER_OPS, MIN_UNIT, PROGRESS, PROGRESS_OFFSET, Compression, OpType
 from snapd.cow.writer_v2 import WriterV2
 from snapd.cow.writer_v3 import WriterV3
@@ -68,16 +68,16 @@ def append_options(cow: "CowFile", compression: CompressOption, *, threads: int 
     """
     header = cow.header
     if cow.tolerated.count:
-        raise _refused("a file that breaks the rules is not appended to", "COW-208")
+        raise refused("a file that breaks the rules is not appended to", "COW-208")
     if header.version == 1:
-        raise _refused("version 1 files are only read", "COW-3", errno.EOPNOTSUPP)
+        raise refused("version 1 files are only read", "COW-3", errno.EOPNOTSUPP)
     if header.num_merge_ops or cow.window_done:
-        raise _refused(f"{header.num_merge_ops} ops are merged, nothing can be added", "COW-148", errno.EBUSY)
+        raise refused(f"{header.num_merge_ops} ops are merged, nothing can be added", "COW-148", errno.EBUSY)
     # Before its first payload a version 2 file has no compression yet.
     carries = header.version == 3 or bool(((cow.ops.type == OpType.REPLACE) | (cow.ops.type == OpType.XOR)).any())
     if carries and compression.algorithm != header.compression:
         file = Compression(header.compression).name.lower()
-        raise _refused(f"compression {compression.algorithm.name.lower()}, the file has {file}", "COW-89")
+        raise refused(f"compression {compression.algorithm.name.lower()}, the file has {file}", "COW-89")
     return WriterOptions(
         version=header.version,
         compression=compression,
@@ -97,8 +97,4 @@ def mark_merged(store: Store, op_count: int) -> None:
 
 def _check_digests(options: WriterOptions, digests: "TargetDigests | None") -> None:
     if digests is not None and digests.block_size != options.block_size:
-        raise _refused(f"digests of {digests.block_size} bytes, blocks of {options.block_size}", "COW-216")
-
-
-def _refused(message: str, statement: str, number: int = errno.EINVAL) -> CowError:
-    return CowError(message, statement=statement, number=number)
+        raise refused(f"digests of {digests.block_size} bytes, blocks of {options.block_size}", "COW-216")

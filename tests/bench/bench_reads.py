@@ -23,8 +23,8 @@ from pathlib import Path
 from random import Random
 
 from snapd.client.service import Client
-from snapd.cow.compress import CompressOption
 from snapd.cow.create import create_cow
+from snapd.cow.createoptions import CreateOptions
 from snapd.ctl.demo_service import PrivateService
 
 IMAGE_BYTES = 256 << 20
@@ -41,7 +41,7 @@ def make_images(directory: Path) -> tuple[Path, Path, Path]:
     with open(target, "wb") as file:
         for _ in range(IMAGE_BYTES >> 16):
             file.write(random.randbytes(32 << 10) + random.randbytes(64) * 512)
-    create_cow(base, target, cow, CompressOption.parse("zstd"), 64 << 10, lambda _done, _total: None)
+    create_cow(base, target, cow, CreateOptions(), lambda _done, _total: None)
     return base, target, cow
 
 

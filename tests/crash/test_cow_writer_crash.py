@@ -4,45 +4,54 @@ A failure names its seed: `SNAPD_CRASH_SEED=n pytest tests/crash` replays it; `S
 """
 
 import pytest
-from writer_world import World, seeds
+from writer_world import World, beyond_the_points, seeds
 
-from snapd.block.simdisk import Stop
+KINDS = [(2, False), (3, False), (2, True), (3, True)]
+NAMES = ["v2", "v3", "v2 on a device", "v3 on a device"]
 
 
-@pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("power_cut", [True, False], ids=["power-cut", "kill"])
-def test_stop_anywhere(version: int, power_cut: bool) -> None:
-    """COW-87, COW-91, COW-94 to COW-96, COW-216: every operation of a script is the last one once."""
-    for seed in seeds(6):
-        operations = 0
-        while True:
-            world = World(seed, version)
-            # The script is the same up to the stop: chance is asked for nothing else before.
-            stopped = world.attempt(stop_at=operations, steps=14)
-            world.stop(power_cut=power_cut)
-            if not stopped:
-                break
+@pytest.mark.parametrize(("version", "on_device"), KINDS, ids=NAMES)
+def test_stop_anywhere(version: int, on_device: bool) -> None:
+    """COW-87, COW-91, COW-94 to COW-96, COW-216: every operation of a script is once the first that does not happen."""
+    for seed in seeds(8):
+        stop_at, stopped = 0, True
+        while stopped:
+            # The same seed gives the same script, up to the stop.
+            world = World(seed, version, on_device=on_device)
+            stopped = world.attempt(stop_at=stop_at, steps=14)
+            world.check_power_cuts(3)
+            world.stop(power_cut=bool(stop_at % 2))
             world.attempt(steps=5)
             world.check()
-            operations += 1
-        assert operations > 10
+            stop_at += 1
 
 
-@pytest.mark.parametrize("version", [2, 3])
-def test_many_stops_in_one_history(version: int) -> None:
-    """COW-82, COW-88, COW-94 to COW-96, COW-216, UNDO-24: a kill before a power cut, stops while going on, and all over."""
-    for seed in seeds(250):
-        world = World(seed, version)
+@pytest.mark.parametrize(("version", "on_device"), KINDS, ids=NAMES)
+def test_many_stops_in_one_history(version: int, on_device: bool) -> None:
+    """COW-82, COW-88, COW-90, COW-94 to COW-96, COW-216, UNDO-24: stops while going on, power cuts after kills."""
+    for seed in seeds(120):
+        world = World(seed, version, on_device=on_device)
         random = world.random
         for _ in range(6):
-            if world.attempt(stop_at=world.disk.operations + random.randrange(40), steps=random.randrange(1, 12)):
+            stop_at = world.disk.operations + random.randrange(40)
+            stopped = world.attempt(stop_at=stop_at, steps=random.randrange(1, 12))
+            if stopped and random.random() < 0.5:
+                world.stop(power_cut=False)
                 if random.random() < 0.5:
-                    world.stop(power_cut=False)
-                    if random.random() < 0.5:
-                        world.stop(power_cut=True)
-                else:
                     world.stop(power_cut=True)
-            elif random.random() < 0.5:
+            elif stopped or random.random() < 0.5:
                 world.stop(power_cut=True)
             else:
                 world.check()
+
+
+@pytest.mark.parametrize("entries", range(92, 110))
+def test_the_last_label_survives_a_border_in_the_points(entries: int) -> None:
+    """COW-83, COW-84, COW-96: a sector border runs through the resume points, and through each of the slots once."""
+    for seed in seeds(2):
+        stop_at, stopped = 0, True
+        while stopped:
+            world = World(seed, 3, blocks=140)
+            stopped = world.attempt_all(beyond_the_points(world, entries), stop_at=stop_at)
+            world.check_power_cuts(4)
+            stop_at += 1

@@ -199,23 +199,24 @@ class ScriptMaker:
 
     def step(self, model: Model) -> Step:
         """The next step for a file that is as `model` says."""
-        random = self.random
-        kind = random.randrange(20)
-        if kind >= 17 or not (step := self._data_step(model, kind)):
-            if kind == 18:
-                return Finalize()
-            if kind == 19 and model.labels:
-                return Append(random.choice(model.labels[-4:])[0])
-            return self.label()
-        return step
+        kind = self.random.randrange(20)
+        if kind < 17 and (step := self.data(model)) is not None:
+            return step
+        if kind == 18:
+            return Finalize()
+        if kind == 19 and model.labels:
+            return Append(self.random.choice(model.labels[-4:])[0])
+        return self.label()
 
     def label(self) -> Label:
         """A label above all others, some of them by far."""
         self._label += self.random.choice([1, 1, 7, 1 << 15, 1 << 33])
         return Label(self._label)
 
-    def _data_step(self, model: Model, kind: int) -> DataStep | None:
+    def data(self, model: Model) -> DataStep | None:
+        """Ops for blocks that have none yet; None without such blocks, or slots."""
         random, size = self.random, self.options.block_size
+        kind = random.randrange(17)
         free = sorted(set(range(self.blocks)) - model.mapped(len(model.ops)))
         slots = self.options.op_count_max - len(model.ops) if self.options.version == 3 else len(free)
         if not free or slots <= 0:

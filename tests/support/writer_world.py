@@ -7,16 +7,22 @@ Everything follows from one seed, so that a failure replays: `SNAPD_CRASH_SEED=n
 import contextlib
 import copy
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from random import Random
 
-from cow_scripts import Append, Finalize, Label, Model, ScriptMaker, Step, open_writer, random_options
+from cow_scripts import Append, Copy, Finalize, Label, Model, ScriptMaker, Step, open_writer, random_options
 
+from snapd.block.file import BlockDeviceStore
 from snapd.block.simdisk import SimDisk, SimStore, Stop
+from snapd.block.store import Buffer
 from snapd.cow.digests import DigestTable
 from snapd.cow.errors import CowError
+from snapd.cow.format import SCRATCH_SIZE
 from snapd.cow.reader import CowFile, End
-from snapd.cow.writer import CowWriter, WriterOptions
+from snapd.cow.writer import CowWriter
+
+_DEVICE_BYTES = 160 << 10
 
 
 def seeds(count: int) -> list[int]:
@@ -24,6 +30,17 @@ def seeds(count: int) -> list[int]:
     if "SNAPD_CRASH_SEED" in os.environ:
         return [int(os.environ["SNAPD_CRASH_SEED"])]
     return list(range(max(1, int(count * float(os.environ.get("SNAPD_CRASH_SCALE", "1"))))))
+
+
+class SimDevice(SimStore, BlockDeviceStore):
+    """A block device on a simulated disk: what is written stays in its size."""
+
+    def write(self, data: Buffer, offset: int) -> None:
+        assert offset + len(data) <= self.size()
+        super().write(data, offset)
+
+    def truncate(self, size: int) -> None:
+        BlockDeviceStore.truncate(self, size)
 
 
 class Outcome:
@@ -43,20 +60,24 @@ class World:
     while it `is_finished`, is no choice. Nothing is `sure` while a file is begun.
     """
 
-    def __init__(self, seed: int, version: int, *, options: WriterOptions | None = None, blocks: int = 0) -> None:
+    def __init__(
+        self, seed: int, version: int, *, blocks: int = 0, on_device: bool = False, scratch: bool = False
+    ) -> None:
         self.seed = seed
         self.random = random = Random(seed)
         self.disk = SimDisk(random)
+        if on_device:
+            size = _DEVICE_BYTES + SCRATCH_SIZE * scratch
+            self.disk.files["cow"] = SimDevice(self.disk, "cow", random.randbytes(size))
         blocks = blocks or random.choice([8, 24, 60])
-        if options is None:
-            options = replace(
-                random_options(random, version=version, blocks=blocks),
-                threads=1,
-                # Small blocks tear more often.
-                block_size=random.choice([512, 512, 1024]),
-            )
-        self.options = options
-        self.maker = ScriptMaker(random, options, blocks)
+        # Small blocks tear more often.
+        self.options = replace(
+            random_options(random, version=version, blocks=blocks),
+            threads=1,
+            block_size=random.choice([512, 1024]),
+            scratch=scratch,
+        )
+        self.maker = ScriptMaker(random, self.options, blocks)
         self.log: list[str] = []
         self.model = self.maker.model()
         self.sure: Model | None = None
@@ -79,7 +100,12 @@ class World:
         """The next step: a beginning where no writer is at work, else any that is allowed now."""
         if self.writer is not None:
             self.do(self.maker.step(self.model))
-        elif self.sure is not None and self.model.labels:
+        else:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Append behind one of the last labels, or begin anew where there is none."""
+        if self.sure is not None and self.model.labels:
             self.do(Append(self.random.choice(self.model.labels[-2:])[0]))
         else:
             self.create()
@@ -113,7 +139,9 @@ class World:
         coming = Outcome(model)
         self.coming = (step.number, coming) if isinstance(step, Label) else None
         if isinstance(step, Append):
-            self.sure = model
+            # A label that was only coming is sure when somebody could go on behind it.
+            if self.sure is not None and step.label in dict(self.sure.labels):
+                self.sure = model
             self._drop_digests()
         if isinstance(step, Finalize) or (self.options.version == 3 and isinstance(step, Label | Append)):
             self.possible.append(coming)
@@ -140,12 +168,31 @@ class World:
         else:
             step.do(self.writer)
 
+    def play(self, script: str) -> list[Callable[[], None]]:
+        """A script in letters: (c)reate, (s)equence of 115 blocks and their copies, (g)o on, (d)ata, (l)abel, (f)inalize.
+
+        That sequence puts the resume points of version 3 out of the header's sector, and across no border.
+        """
+        actions: dict[str, Callable[[], None]] = {
+            "c": self.create,
+            "d": lambda: self.do(self.maker.data(self.model) or self.maker.label()),
+            "l": lambda: self.do(self.maker.label()),
+            "f": lambda: self.do(Finalize()),
+            "s": lambda: copy_in_sequence(self, 115),
+            "g": self.go_on,
+        }
+        return [actions[letter] for letter in script]
+
     def attempt(self, *, stop_at: int | None = None, steps: int = 1) -> bool:
         """Some random steps, stopped at one operation if they come so far; whether they were."""
+        return self.attempt_all([self.random_step] * steps, stop_at=stop_at)
+
+    def attempt_all(self, actions: Iterable[Callable[[], None]], *, stop_at: int | None = None) -> bool:
+        """The same for given actions."""
         self.disk.stop_at = stop_at
         try:
-            for _ in range(steps):
-                self.random_step()
+            for action in actions:
+                action()
         except Stop:
             return True
         finally:
@@ -161,7 +208,9 @@ class World:
             self.disk.kill()
         self.writer = None
         self.check()
-        if self.sure is not None:
+        if self.coming is not None and self.random.random() < 0.5 and self._parse(label=self.coming[0]) is not None:
+            self.model = self.coming[1].model
+        elif self.sure is not None:
             self.model = copy.copy(self.sure)
             self.model.labels = self._labels_left(self.sure.labels)
 
@@ -213,8 +262,9 @@ class World:
         assert outcomes, f"{cow.op_count} ops, expected {[outcome.op_count for outcome in self.possible]}"
         for outcome in outcomes[:-1]:
             with contextlib.suppress(AssertionError):
-                return self._check_as(outcome, cow)
-        return self._check_as(outcomes[-1], cow)
+                self._check_as(outcome, cow)
+                return
+        self._check_as(outcomes[-1], cow)
 
     def _parse(self, *, label: int | None = None) -> CowFile | None:
         try:
@@ -231,3 +281,14 @@ class World:
     def where(self, what: str) -> str:
         """How to see it again."""
         return f"{what} (SNAPD_CRASH_SEED={self.seed}; {self.options}; {'; '.join(self.log)})"
+
+
+def beyond_the_points(world: World, entries: int) -> list[Callable[[], None]]:
+    """Version 3: a file with a sequence of `entries` blocks, and more labels than there are resume points."""
+    return [lambda: copy_in_sequence(world, entries), *world.play("ldldldldldldldldl")]
+
+
+def copy_in_sequence(world: World, entries: int) -> None:
+    """A new file with a sequence, all of whose blocks are copied."""
+    world.create(list(range(entries)))
+    world.do(Copy(0, 5, entries))
