@@ -39,12 +39,11 @@ import xxhash
 
 from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore
-from snapd.block.store import Readable, Store, read_bytes
+from snapd.block.store import Buffer, Readable, Store, read_bytes
 from snapd.cow.errors import CowError
-from snapd.cow.units import block_digest as block_digest
 
 if TYPE_CHECKING:
-    from snapd.cow.reader import CowFile
+    from snapd.cow.parse.reader import CowFile
 
 SUFFIX = ".digests"
 MAGIC = b"SNAPDDIG"
@@ -206,6 +205,11 @@ class DigestLog:
 
     def _pending_piece(self) -> _Piece:
         return _Piece(np.array(self._runs, dtype="<u4").reshape(-1, 2), np.frombuffer(self._pending, dtype="<u8"))
+
+
+def block_digest(block: Buffer) -> int:
+    """xxh3-64 of one block; never 0, which stands for "not known"."""
+    return xxhash.xxh3_64_intdigest(block) or 1
 
 
 def load_digests(cow_path: str | os.PathLike[str], cow: "CowFile") -> DigestTable | None:

@@ -21,11 +21,11 @@ from snapd.block.errors import SnapdError
 from snapd.block.extent import Extent
 from snapd.block.newfile import new_file
 from snapd.block.store import Store, read_bytes
-from snapd.cow.extentmap import ExtentMap
 from snapd.cow.format import OpType
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
-from snapd.cow.writer import mark_merged
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import mark_merged
 
 SUFFIX = ".merged"
 _PIECE_BYTES = 1 << 20

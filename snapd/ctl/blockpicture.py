@@ -9,8 +9,8 @@ import shutil
 from itertools import groupby
 from typing import NamedTuple, TextIO
 
-from snapd.cow.extentmap import ExtentMap
-from snapd.cow.picture import THIN, Cell, Picture, draw
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.verbs.picture import THIN, Cell, Picture, draw
 from snapd.ctl.png import encode_png
 from snapd.ctl.sizes import format_size
 

@@ -29,8 +29,8 @@ def append(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Keep what a COW file has before a label (default: all) and add what is missing to make the target."""
-    from snapd.cow.append import append_cow
     from snapd.cow.compress import CompressOption
+    from snapd.cow.verbs.append import append_cow
 
     with usage("--compress"):
         option = None if compress is None else CompressOption.parse(compress)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from snapd.cow.xormode import XorMode
+from snapd.cow.diff.xormode import XorMode
 from snapd.ctl.create_options import (
     CompressionOption,
     FileFormat,
@@ -38,7 +38,7 @@ def create(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Write a COW file that turns one image into another, and its digests table beside it."""
-    from snapd.cow.create import create_cow
+    from snapd.cow.verbs.create import create_cow
 
     options = create_options(compress, unit, file_format, xor, jobs)
     with progress_bar("creating") as progress:

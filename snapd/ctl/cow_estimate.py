@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import typer
 
-from snapd.cow.xormode import XorMode
+from snapd.cow.diff.xormode import XorMode
 from snapd.ctl.create_options import (
     CompressionOption,
     FileFormat,
@@ -35,7 +35,7 @@ def estimate(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Tell exactly how large the files will be that `create` writes with the same options; writes nothing."""
-    from snapd.cow.estimate import estimate_cow
+    from snapd.cow.verbs.estimate import estimate_cow
 
     options = create_options(compress, unit, file_format, xor, jobs)
     with progress_bar("estimating") as progress:

@@ -32,7 +32,7 @@ def extract(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Write the new image (from an undo store: the old image) to a file."""
-    from snapd.cow.extract import extract_image
+    from snapd.cow.verbs.extract import extract_image
     from snapd.merge.extract_old import extract_old, is_undo_store
 
     with usage("--size"):

@@ -12,7 +12,7 @@ from snapd.ctl.cow_options import LabelOption, LenientOption
 from snapd.ctl.output import Format, OutputOption, show
 
 if TYPE_CHECKING:
-    from snapd.cow.info import CowInfo
+    from snapd.cow.verbs.info import CowInfo
 
 _SHOWN_LABELS = 8
 
@@ -33,7 +33,7 @@ def info(
     """Show what a COW file holds, and as a table also a picture of the image."""
     from snapd.block.newfile import new_file
     from snapd.cow.digests import table_path
-    from snapd.cow.info import cow_info
+    from snapd.cow.verbs.info import cow_info
     from snapd.ctl.blockpicture import png_picture, text_picture
 
     found, extent_map = cow_info(cow, label=label, lenient=lenient)

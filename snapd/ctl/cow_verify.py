@@ -29,7 +29,7 @@ def verify(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Check structure, merge order and content of a COW file; exit code 1 if anything is wrong."""
-    from snapd.cow.verify import verify_cow
+    from snapd.cow.verbs.verify import verify_cow
 
     with progress_bar("verifying") as progress:
         report = verify_cow(

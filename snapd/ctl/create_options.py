@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapd.cow.xormode import XorMode
+from snapd.cow.diff.xormode import XorMode
 from snapd.ctl.errors import usage
 from snapd.ctl.sizes import parse_size
 
 if TYPE_CHECKING:
-    from snapd.cow.createoptions import CreateOptions
+    from snapd.cow.diff.createoptions import CreateOptions
 
 
 class FileFormat(StrEnum):
@@ -52,7 +52,7 @@ def create_options(
 ) -> "CreateOptions":
     """What the options ask for together; what cannot be is an error of usage."""
     from snapd.cow.compress import CompressOption
-    from snapd.cow.createoptions import CreateOptions, usable_cpus
+    from snapd.cow.diff.createoptions import CreateOptions, usable_cpus
 
     with usage("--compress"):
         options = CreateOptions(

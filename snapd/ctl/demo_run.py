@@ -21,8 +21,8 @@ from rich.console import Console
 from snapd.api.v1 import snapshots_pb2, updates_pb2
 from snapd.block.errors import SnapdError
 from snapd.client.service import Client
-from snapd.cow.create import create_cow
-from snapd.cow.createoptions import CreateOptions
+from snapd.cow.diff.createoptions import CreateOptions
+from snapd.cow.verbs.create import create_cow
 from snapd.ctl.demo_compare import compare_device, compare_files
 from snapd.ctl.demo_images import build_images
 from snapd.ctl.demo_reader import VerifyingReader

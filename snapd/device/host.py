@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from snapd.block.clock import Clock
 from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
-from snapd.cow.extentmap import ExtentMap
+from snapd.cow.image.extentmap import ExtentMap
 from snapd.device.config import Descriptors, DeviceConfig
 from snapd.device.control import ControlPort
 from snapd.device.export import Export

@@ -22,7 +22,7 @@ from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
 from snapd.cow import claim
 from snapd.cow.history import record_merge
-from snapd.cow.reader import CowFile
+from snapd.cow.parse.reader import CowFile
 from snapd.manager.records import SnapshotRecord
 from snapd.manager.resources import Resources
 from snapd.merge.statefile import Phase, ReadBack, write_state

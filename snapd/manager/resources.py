@@ -16,9 +16,9 @@ from snapd.block.file import BlockDeviceStore, file_store
 from snapd.block.lock import open_locked
 from snapd.cow.claim import check_unclaimed
 from snapd.cow.digests import load_digests
-from snapd.cow.extentmap import ExtentMap
 from snapd.cow.history import holds_new_image
-from snapd.cow.reader import CowFile
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.parse.reader import CowFile
 from snapd.manager.paths import DevicePaths, ServicePaths
 from snapd.manager.records import SnapshotRecord
 from snapd.manager.states import SnapshotState

@@ -20,7 +20,7 @@ import uuid
 from snapd.block.clock import Clock, SystemClock
 from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
-from snapd.cow.extentmap import ExtentMap
+from snapd.cow.image.extentmap import ExtentMap
 from snapd.merge.engine import Merge
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.statefile import Phase, ReadBack

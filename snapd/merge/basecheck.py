@@ -12,7 +12,7 @@ import numpy as np
 from snapd.block.bio import SECTOR_BYTES
 from snapd.block.errors import SnapdError
 from snapd.block.store import Store, read_bytes
-from snapd.cow.extentmap import ExtentMap
+from snapd.cow.image.extentmap import ExtentMap
 from snapd.merge.engine import PIECE_BYTES
 from snapd.merge.statefile import Phase, ReadBack, State
 from snapd.merge.targets import Targets

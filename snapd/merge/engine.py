@@ -31,8 +31,8 @@ import numpy as np
 from snapd.block.errors import SnapdError
 from snapd.block.file import BlockDeviceStore
 from snapd.block.store import Store
-from snapd.cow.extentmap import ExtentMap
 from snapd.cow.format import SOURCE_LIMIT, OpType
+from snapd.cow.image.extentmap import ExtentMap
 from snapd.merge.backward import roll_back_spans
 from snapd.merge.forward import merge_spans
 from snapd.merge.readback import read_back

@@ -14,8 +14,8 @@ import time
 from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore, file_store
 from snapd.block.newfile import new_file
-from snapd.cow.extract import ExtractReport, copy_image
 from snapd.cow.progress import Progress
+from snapd.cow.verbs.extract import ExtractReport, copy_image
 from snapd.merge.oldview import OldImage
 from snapd.merge.statefile import read_state
 from snapd.merge.undodir import STATE_NAME

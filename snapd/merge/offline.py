@@ -32,9 +32,9 @@ from snapd.block.lock import open_locked
 from snapd.block.store import Store
 from snapd.cow.claim import check_unclaimed, claim_path
 from snapd.cow.digests import DigestTable, load_digests
-from snapd.cow.extentmap import ExtentMap
 from snapd.cow.history import holds_new_image, record_merge
-from snapd.cow.reader import CowFile
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.parse.reader import CowFile
 from snapd.merge.basecheck import check_begun_base
 from snapd.merge.engine import Merge
 from snapd.merge.sharedmap import SharedMap

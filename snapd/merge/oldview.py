@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from snapd.block.errors import SnapdError
 from snapd.block.store import Readable, Store, WritableBuffer
-from snapd.cow.extentmap import ExtentMap
+from snapd.cow.image.extentmap import ExtentMap
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.undostore import UndoStore
 

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 from snapd.block.errors import SnapdError
 from snapd.block.extent import Extent
-from snapd.cow.extentmap import ExtentMap
+from snapd.cow.image.extentmap import ExtentMap
 
 _MAGIC = b"SNAPDSHM"
 _HEAD = struct.Struct("<8sQQQ16s16x")

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snapd.block.extent import Extent
-from snapd.cow.extentmap import ExtentMap
+from snapd.cow.image.extentmap import ExtentMap
 
 _GAP_BYTES = 64 << 10
 

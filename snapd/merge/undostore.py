@@ -21,11 +21,11 @@ from snapd.block.extent import Extent
 from snapd.block.file import FileStore
 from snapd.block.store import Buffer, Store, WritableBuffer, read_bytes
 from snapd.cow.compress import Decoder
-from snapd.cow.extentmap import ExtentMap
 from snapd.cow.format import OP_SIZE_V3, Compression, OpType
 from snapd.cow.header import MAX_HEADER_SIZE, Header
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.image.units import UnitReader
 from snapd.cow.op import Op
-from snapd.cow.units import UnitReader
 from snapd.merge.undotable import ENTRY_SIZE, SUFFIX, TABLE_START, UndoIdentity, unit_digest_if_whole
 
 _LOAD_OPS = 1 << 16

@@ -17,11 +17,11 @@ import errno
 from snapd.block.errors import SnapdError
 from snapd.block.store import Buffer, Store
 from snapd.cow.compress import CompressOption, Encoder
-from snapd.cow.extentmap import ExtentMap
 from snapd.cow.format import OP_SIZE_V3, Compression, OpType
 from snapd.cow.header import Header
+from snapd.cow.image.extentmap import ExtentMap
 from snapd.cow.op import Op
-from snapd.cow.writeroptions import unit_lengths
+from snapd.cow.write.writeroptions import unit_lengths
 from snapd.merge.undostore import UndoStore
 from snapd.merge.undotable import ENTRY_SIZE, TABLE_START, UndoIdentity, pack_entry
 

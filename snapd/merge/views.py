@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from snapd.block.errors import SnapdError
 from snapd.block.store import Readable, Store
-from snapd.cow.extentmap import ExtentMap
-from snapd.cow.view import CowView
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.image.view import CowView
 from snapd.merge.oldview import OldImage
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.statefile import Phase, ReadBack, State, read_state

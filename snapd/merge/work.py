@@ -13,8 +13,8 @@ import numpy.typing as npt
 from snapd.block.extent import Extent
 from snapd.block.file import FileStore
 from snapd.block.store import Readable, Store, WritableBuffer
-from snapd.cow.extentmap import ExtentMap
-from snapd.cow.view import CowView
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.image.view import CowView
 from snapd.merge.oldview import OldImage
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.statefile import State, write_state

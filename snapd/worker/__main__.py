@@ -9,8 +9,8 @@ import sys
 from snapd.block.clock import SystemClock
 from snapd.block.errors import SnapdError
 from snapd.block.file import file_store
-from snapd.cow.extentmap import ExtentMap
-from snapd.cow.view import CowView
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.image.view import CowView
 from snapd.dmuser.client import ChannelClient
 from snapd.merge.oldview import OldView
 from snapd.merge.sharedmap import SharedMap

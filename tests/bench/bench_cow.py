@@ -35,9 +35,9 @@ from images import BLOCK_BYTES, IMAGE_BYTES
 
 from snapd.block.file import FileStore
 from snapd.cow.digests import load_digests
-from snapd.cow.extentmap import ExtentMap
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.reader import CowFile
 
 MB = 1_000_000
 THREADS = 2

@@ -23,8 +23,8 @@ from pathlib import Path
 from random import Random
 
 from snapd.client.service import Client
-from snapd.cow.create import create_cow
-from snapd.cow.createoptions import CreateOptions
+from snapd.cow.diff.createoptions import CreateOptions
+from snapd.cow.verbs.create import create_cow
 from snapd.ctl.demo_service import PrivateService
 
 IMAGE_BYTES = 256 << 20

@@ -19,8 +19,8 @@ from rawcow import (
 
 from snapd.cow.cursor import Cursor
 from snapd.cow.errors import CowError
-from snapd.cow.parsed import End
-from snapd.cow.reader import CowFile
+from snapd.cow.parse.parsed import End
+from snapd.cow.parse.reader import CowFile
 
 BLOCK = b"\x41" * 4096
 Points = tuple[tuple[int, int], ...]

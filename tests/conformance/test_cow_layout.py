@@ -31,11 +31,11 @@ from snapd.block.store import read_bytes
 from snapd.cow.errors import CowError
 from snapd.cow.format import OP_V2, PROGRESS_OFFSET, Compression, OpType
 from snapd.cow.header import Header
-from snapd.cow.mergeorder import merge_list
+from snapd.cow.image.view import CowView
 from snapd.cow.op import Op
-from snapd.cow.parsed import End
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.parse.mergeorder import merge_list
+from snapd.cow.parse.parsed import End
+from snapd.cow.parse.reader import CowFile
 
 BLOCK = b"\x41" * 4096
 EXAMPLE = [Rec(COPY, 3, 7), Rec(REPLACE, 5, payload=BLOCK), Rec(ZERO, 6)]

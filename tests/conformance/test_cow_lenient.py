@@ -26,8 +26,8 @@ from rawcow import (
 from snapd.block.store import read_bytes
 from snapd.cow.errors import CowError, Tolerance
 from snapd.cow.format import OpType
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.reader import CowFile
 
 BLOCK = b"\x41" * 4096
 OTHER = b"\x42" * 4096

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rawcow import COPY, LABEL, REPLACE, XOR, ZERO, Rec, data_start, op, raw_cow, raw_stream, sequence_of, store
 
-from snapd.cow.mergeorder import merge_list, order_fault
-from snapd.cow.reader import CowFile
+from snapd.cow.parse.mergeorder import merge_list, order_fault
+from snapd.cow.parse.reader import CowFile
 
 BLOCK = b"\x41" * 4096
 Call = tuple[int, int, int]

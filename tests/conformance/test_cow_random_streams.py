@@ -40,10 +40,10 @@ from rawcow import (
 from snapd.block.errors import SnapdError
 from snapd.block.store import read_bytes
 from snapd.cow.errors import CowError
-from snapd.cow.mergeorder import merge_list, order_fault
-from snapd.cow.parsed import End
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.mergeorder import merge_list, order_fault
+from snapd.cow.parse.parsed import End
+from snapd.cow.parse.reader import CowFile
 
 BLOCK = 512
 BLOCKS = 40

@@ -25,8 +25,8 @@ from rawcow import (
 )
 
 from snapd.cow.errors import CowError
-from snapd.cow.mergeorder import order_fault
-from snapd.cow.reader import CowFile
+from snapd.cow.parse.mergeorder import order_fault
+from snapd.cow.parse.reader import CowFile
 
 BLOCK = b"\x41" * 4096
 ONE = data_start(1)

@@ -31,9 +31,9 @@ from rawcow import (
 )
 
 from snapd.cow.errors import CowError
-from snapd.cow.mergeorder import merge_list, order_fault
-from snapd.cow.parsed import End
-from snapd.cow.reader import CowFile
+from snapd.cow.parse.mergeorder import merge_list, order_fault
+from snapd.cow.parse.parsed import End
+from snapd.cow.parse.reader import CowFile
 
 BLOCK = b"\x41" * 4096
 PACKED = zlib.compress(BLOCK)

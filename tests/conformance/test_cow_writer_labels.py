@@ -10,8 +10,8 @@ from snapd.block.simdisk import SimDisk, SimStore
 from snapd.block.store import read_bytes
 from snapd.cow.compress import CompressOption
 from snapd.cow.errors import CowError
-from snapd.cow.reader import CowFile, End
-from snapd.cow.writer import CowWriter, WriterOptions, append_writer, create_writer
+from snapd.cow.parse.reader import CowFile, End
+from snapd.cow.write.writer import CowWriter, WriterOptions, append_writer, create_writer
 
 NONE = CompressOption.parse("none")
 

@@ -10,8 +10,8 @@ from snapd.block.errors import SnapdError
 from snapd.block.store import read_bytes
 from snapd.cow.errors import CowError
 from snapd.cow.format import OpType
-from snapd.cow.reader import CowFile
-from snapd.cow.writer import CowWriter, WriterOptions
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import CowWriter, WriterOptions
 
 
 def finished(settings: WriterOptions, *calls: Call) -> bytes:

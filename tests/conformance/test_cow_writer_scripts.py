@@ -13,8 +13,8 @@ from snapd.block.store import read_bytes
 from snapd.cow.digests import DigestTable
 from snapd.cow.errors import CowError
 from snapd.cow.header import Header
-from snapd.cow.reader import CowFile, End
-from snapd.cow.writer import CowWriter, create_writer
+from snapd.cow.parse.reader import CowFile, End
+from snapd.cow.write.writer import CowWriter, create_writer
 
 _SCRIPTS = settings(max_examples=120, deadline=None)
 

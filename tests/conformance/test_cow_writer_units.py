@@ -9,8 +9,8 @@ from snapd.block.errors import SnapdError
 from snapd.block.simdisk import SimDisk
 from snapd.cow.errors import CowError
 from snapd.cow.format import OpType
-from snapd.cow.reader import CowFile
-from snapd.cow.writer import CowWriter, WriterOptions, check_unit_size, create_writer, unit_lengths
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import CowWriter, WriterOptions, check_unit_size, create_writer, unit_lengths
 
 
 @pytest.mark.parametrize("unit", [4096, 8192, 16384, 32768, 65536, 131072, 262144])

@@ -12,11 +12,11 @@ from snapd.block.store import read_bytes
 from snapd.cow.compress import CompressOption
 from snapd.cow.errors import CowError
 from snapd.cow.format import PROGRESS_OFFSET, OpType
-from snapd.cow.mergeorder import merge_list, order_fault
+from snapd.cow.image.view import CowView
 from snapd.cow.op import Op
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
-from snapd.cow.writer import CowWriter, WriterOptions, create_writer
+from snapd.cow.parse.mergeorder import merge_list, order_fault
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import CowWriter, WriterOptions, create_writer
 
 BLOCK = b"\x41" * 4096
 TEXT = b"This is some data, believe it".ljust(4096, b"\0")

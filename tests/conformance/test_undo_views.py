@@ -10,7 +10,7 @@ from snapd.block.simdisk import Stop
 from snapd.block.store import Readable, WritableBuffer, read_bytes
 from snapd.cow.format import OpType
 from snapd.cow.op import Op
-from snapd.cow.reader import CowFile
+from snapd.cow.parse.reader import CowFile
 from snapd.merge.oldview import OldImage
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.statefile import Phase

@@ -12,11 +12,11 @@ from offline import BLOCK, Call, blocks, write_calls
 from snapd.block.errors import SnapdError
 from snapd.block.simdisk import SimDisk, Stop
 from snapd.block.store import read_bytes
-from snapd.cow.append import append_to
 from snapd.cow.digests import DigestTable
 from snapd.cow.errors import CowError
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.verbs.append import append_to
 
 SEEDS = range(2 * int(os.environ.get("SNAPD_CRASH_SCALE", "1")))
 LABEL = 7

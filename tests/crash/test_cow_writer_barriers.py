@@ -1,23 +1,24 @@
 """The crash tests of the writers can fail: without one of the barriers, one of a few short scripts loses something.
 
-Not here, because the order of writes makes them redundant: the flush of a new header in version 2, where the first label
-flushes all that it promises; that of a file that was cut to nothing, a change that is whole or not there; and that of
-a table of digests that was cut, for nobody looks for its later states.
+Not here, because the order of writes makes them redundant: the flush of a new header in version 2, where the first
+label flushes all that it promises; that of a file that was cut to nothing, a change that is whole or not there; and
+that of a table of digests that was cut, for nobody looks for its later states.
 """
 
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from writer_world import World, beyond_the_points
 
 from snapd.block.errors import SnapdError
 from snapd.block.simdisk import SimStore
-from snapd.cow.basewriter import CowWriter
-from snapd.cow.resumepoints import ResumePoints
-from snapd.cow.writer_v2 import WriterV2
-from snapd.cow.writer_v3 import WriterV3
+from snapd.cow.write.basewriter import CowWriter
+from snapd.cow.write.resumepoints import ResumePoints
+from snapd.cow.write.writer_v2 import WriterV2
+from snapd.cow.write.writer_v3 import WriterV3
 
 SEEDS = 60
 
@@ -94,9 +95,9 @@ def test_every_flush_is_needed(
     """COW-91, COW-95, COW-96, COW-216, UNDO-24: a flush that is not done at one step is found."""
     blocks = 140 if "s" in script else 0
     for seed in range(3):
-        explore(lambda seed=seed: World(seed, version, blocks=blocks), script)
+        explore(partial(World, seed, version, blocks=blocks), script)
     forget_flush(monkeypatch, place, which)
-    assert is_caught(lambda seed: explore(lambda: World(seed, version, blocks=blocks), script))
+    assert is_caught(lambda seed: explore(partial(World, seed, version, blocks=blocks), script))
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -109,14 +110,14 @@ def test_digests_are_needed_before_the_ops(version: int, monkeypatch: pytest.Mon
             flush(store)
 
     monkeypatch.setattr(SimStore, "flush", flush_others)
-    assert is_caught(lambda seed: explore(lambda: World(seed, version), "cd|dldf|"))
+    assert is_caught(lambda seed: explore(partial(World, seed, version), "cd|dldf|"))
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_old_stream_on_a_device_dies_in_order(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """COW-90, COW-124: first its header goes, then all of it, and only then the new header comes."""
     forget_flush(monkeypatch, CowWriter._begin_file, which)
-    assert is_caught(lambda seed: explore(lambda: World(seed, 2, on_device=True, scratch=True), "cddddf|g|"))
+    assert is_caught(lambda seed: explore(partial(World, seed, 2, on_device=True, scratch=True), "cddddf|g|"))
 
 
 def on_a_border(seed: int) -> None:

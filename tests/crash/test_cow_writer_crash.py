@@ -13,7 +13,7 @@ NAMES = ["v2", "v3", "v2 on a device", "v3 on a device"]
 @pytest.mark.parametrize(("version", "on_device"), KINDS, ids=NAMES)
 def test_stop_anywhere(version: int, on_device: bool) -> None:
     """COW-87, COW-91, COW-94 to COW-96, COW-216: every operation of a script is once the first that does not happen."""
-    for seed in seeds(8):
+    for seed in seeds(4):
         stop_at, stopped = 0, True
         while stopped:
             # The same seed gives the same script, up to the stop.
@@ -29,7 +29,7 @@ def test_stop_anywhere(version: int, on_device: bool) -> None:
 @pytest.mark.parametrize(("version", "on_device"), KINDS, ids=NAMES)
 def test_many_stops_in_one_history(version: int, on_device: bool) -> None:
     """COW-82, COW-88, COW-90, COW-94 to COW-96, COW-216, UNDO-24: stops while going on, power cuts after kills."""
-    for seed in seeds(120):
+    for seed in seeds(80):
         world = World(seed, version, on_device=on_device)
         random = world.random
         for _ in range(6):

@@ -17,8 +17,8 @@ import pytest
 
 from snapd.client.nbd import NbdClient
 from snapd.client.service import Client
-from snapd.cow.create import create_cow
-from snapd.cow.createoptions import CreateOptions
+from snapd.cow.diff.createoptions import CreateOptions
+from snapd.cow.verbs.create import create_cow
 from snapd.ctl.demo_service import PrivateService
 
 BLOCK = 4096

@@ -15,9 +15,9 @@ from typing import Any
 from snapd.block.file import FileStore
 from snapd.client.nbd import NbdClient
 from snapd.cow.compress import CompressOption
-from snapd.cow.extentmap import ExtentMap
-from snapd.cow.reader import CowFile
-from snapd.cow.writer import WriterOptions, create_writer
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import WriterOptions, create_writer
 from snapd.device.config import Descriptors
 from snapd.merge.sharedmap import SharedMap
 from snapd.proc import control

@@ -10,9 +10,9 @@ from snapd.block.errors import SnapdError
 from snapd.block.lock import locked_store
 from snapd.client.nbd import NbdClient
 from snapd.cow.digests import table_path
-from snapd.cow.extentmap import Run
 from snapd.cow.format import OpType
-from snapd.cow.reader import CowFile
+from snapd.cow.image.extentmap import Run
+from snapd.cow.parse.reader import CowFile
 
 Damage = Callable[[Images], list[int]]
 

@@ -16,9 +16,9 @@ from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore
 from snapd.block.store import Readable, read_bytes
 from snapd.cow.compress import CompressOption
-from snapd.cow.extentmap import ExtentMap
-from snapd.cow.reader import CowFile
-from snapd.cow.writer import WriterOptions, create_writer
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import WriterOptions, create_writer
 from snapd.merge.oldview import OldView
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.statefile import Phase, ReadBack, State

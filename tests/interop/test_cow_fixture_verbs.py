@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from snapd.block.errors import SnapdError
-from snapd.cow.append import append_cow
-from snapd.cow.extract import extract_image
-from snapd.cow.info import cow_info
-from snapd.cow.verify import verify_cow
+from snapd.cow.verbs.append import append_cow
+from snapd.cow.verbs.extract import extract_image
+from snapd.cow.verbs.info import cow_info
+from snapd.cow.verbs.verify import verify_cow
 
 ARCHIVE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "cow-interop.tar.xz"
 pytestmark = pytest.mark.skipif(not ARCHIVE.exists(), reason="the reference writer's files are not here")

@@ -17,9 +17,9 @@ from snapd.block.store import read_bytes
 from snapd.cow.errors import CowError
 from snapd.cow.format import Compression
 from snapd.cow.header import Header
-from snapd.cow.mergeorder import merge_list, order_fault
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.mergeorder import merge_list, order_fault
+from snapd.cow.parse.reader import CowFile
 
 ARCHIVE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "cow-interop.tar.xz"
 EXPECTED: list[dict[str, Any]] = json.loads((Path(__file__).parent / "expected.json").read_text())["files"]

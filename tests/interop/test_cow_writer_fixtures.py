@@ -18,8 +18,8 @@ from snapd.block.simdisk import SimDisk, SimStore
 from snapd.block.store import read_bytes
 from snapd.cow.compress import CompressOption, Decoder
 from snapd.cow.format import Compression, OpType
-from snapd.cow.reader import CowFile
-from snapd.cow.writer import CowWriter, WriterOptions, create_writer
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import CowWriter, WriterOptions, create_writer
 
 ARCHIVE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "cow-interop.tar.xz"
 pytestmark = pytest.mark.skipif(not ARCHIVE.exists(), reason="the reference writer's files are not here")

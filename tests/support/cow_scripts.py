@@ -12,10 +12,10 @@ from snapd.block.store import Store, read_bytes
 from snapd.cow.compress import CompressOption
 from snapd.cow.digests import DigestLog, DigestTable, block_digest
 from snapd.cow.format import DEFAULT_CLUSTER_OPS, OpType
-from snapd.cow.reader import CowFile
-from snapd.cow.targetdigests import TargetDigests
-from snapd.cow.view import CowView
-from snapd.cow.writer import CowWriter, WriterOptions, append_writer, create_writer
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.targetdigests import TargetDigests
+from snapd.cow.write.writer import CowWriter, WriterOptions, append_writer, create_writer
 
 
 @dataclass(frozen=True, slots=True)

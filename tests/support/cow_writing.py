@@ -6,7 +6,7 @@ from random import Random
 from snapd.block.simdisk import SimDisk, SimStore
 from snapd.block.store import read_bytes
 from snapd.cow.compress import CompressOption
-from snapd.cow.writer import CowWriter, WriterOptions, create_writer
+from snapd.cow.write.writer import CowWriter, WriterOptions, create_writer
 
 BLOCK = b"\x41" * 4096
 VERSIONS = [2, 3]

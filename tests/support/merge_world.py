@@ -22,9 +22,9 @@ from snapd.cow.compress import CompressOption, Encoder
 from snapd.cow.digests import DigestLog, DigestTable, block_digest
 from snapd.cow.format import Compression, OpType
 from snapd.cow.header import Header
+from snapd.cow.image.view import CowView
 from snapd.cow.op import Op
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.parse.reader import CowFile
 from snapd.merge.engine import Merge
 from snapd.merge.oldview import OldImage
 from snapd.merge.sharedmap import MERGED, UNTOUCHED, SharedMap

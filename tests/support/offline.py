@@ -12,8 +12,8 @@ from snapd.block.simdisk import SimDisk
 from snapd.block.store import Store
 from snapd.cow.compress import CompressOption
 from snapd.cow.digests import SUFFIX, DigestLog
-from snapd.cow.targetdigests import TargetDigests
-from snapd.cow.writer import WriterOptions, create_writer
+from snapd.cow.write.targetdigests import TargetDigests
+from snapd.cow.write.writer import WriterOptions, create_writer
 
 BLOCK = 4096
 Call = tuple[str, int, int, int]

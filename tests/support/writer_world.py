@@ -19,8 +19,8 @@ from snapd.block.store import Buffer
 from snapd.cow.digests import DigestTable
 from snapd.cow.errors import CowError
 from snapd.cow.format import SCRATCH_SIZE
-from snapd.cow.reader import CowFile, End
-from snapd.cow.writer import CowWriter
+from snapd.cow.parse.reader import CowFile, End
+from snapd.cow.write.writer import CowWriter
 
 _DEVICE_BYTES = 160 << 10
 
@@ -169,9 +169,9 @@ class World:
             step.do(self.writer)
 
     def play(self, script: str) -> list[Callable[[], None]]:
-        """A script in letters: (c)reate, (s)equence of 115 blocks and their copies, (g)o on, (d)ata, (l)abel, (f)inalize.
+        """A script in letters: (c)reate, (g)o on, (d)ata, (l)abel, (f)inalize; (s)equence: a file of 115 copies.
 
-        That sequence puts the resume points of version 3 out of the header's sector, and across no border.
+        Its sequence puts the resume points of version 3 out of the header's sector, and across no border.
         """
         actions: dict[str, Callable[[], None]] = {
             "c": self.create,

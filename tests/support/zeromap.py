@@ -3,8 +3,8 @@
 from array import array
 from collections.abc import Collection
 
-from snapd.cow.extentmap import UNCHANGED, ExtentMap
 from snapd.cow.format import Compression, OpType
+from snapd.cow.image.extentmap import UNCHANGED, ExtentMap
 
 
 def zero_map(changed: Collection[int], blocks: int, *, block_size: int = 4096, ops_digest: int = 0) -> ExtentMap:

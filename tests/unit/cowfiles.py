@@ -7,14 +7,14 @@ from random import Random
 from snapd.block.simdisk import SimDisk, SimStore
 from snapd.block.store import read_bytes
 from snapd.cow.compress import CompressOption
-from snapd.cow.createoptions import CreateOptions
-from snapd.cow.diff import Diff, DiffCounts
-from snapd.cow.extentmap import ExtentMap
+from snapd.cow.diff.createoptions import CreateOptions
+from snapd.cow.diff.diff import Diff, DiffCounts
 from snapd.cow.format import BLOCK_SIZE, OpType
-from snapd.cow.mergeorder import merge_list
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
-from snapd.cow.writer import WriterOptions, create_writer
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.mergeorder import merge_list
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import WriterOptions, create_writer
 
 
 def store(content: bytes = b"") -> SimStore:

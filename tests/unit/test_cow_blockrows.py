@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapd.block.store import WritableBuffer
-from snapd.cow.blockrows import NONE, RowComparer, are_data, as_words, read_rows
+from snapd.cow.diff.blockrows import NONE, RowComparer, are_data, as_words, read_rows
 from snapd.cow.format import BLOCK_SIZE
 
 IMAGE = Random(1).randbytes(8 * BLOCK_SIZE)

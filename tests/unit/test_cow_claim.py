@@ -11,7 +11,7 @@ from cowfiles import block, image, store, written
 from snapd.block.errors import SnapdError
 from snapd.cow.claim import check_unclaimed, claim, claim_path, release
 from snapd.cow.history import MergeRecord, digest_targets, holds_new_image, write_record
-from snapd.cow.reader import CowFile
+from snapd.cow.parse.reader import CowFile
 
 ONE, TWO = UUID(int=1), UUID(int=2)
 

@@ -9,8 +9,8 @@ from offline import BLOCK, Call, blocks, write_cow
 
 from snapd.block.errors import SnapdError
 from snapd.cow.digests import SUFFIX
-from snapd.cow.extract import extract_image
-from snapd.cow.verify import VerifyReport, verify_cow
+from snapd.cow.verbs.extract import extract_image
+from snapd.cow.verbs.verify import VerifyReport, verify_cow
 
 OLD = blocks(400, 1)
 # Blocks 4 to 7 moved, 8 and 9 zero, 10 to 29 new, 40 and 41 changed in a byte each; 420 blocks in all.
@@ -105,8 +105,8 @@ def test_progress_is_reported_to_the_end(folder: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_image_does_not_depend_on_threads(folder: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pieces that end inside units, taken by any number of threads."""
-    monkeypatch.setattr("snapd.cow.extract._THREADS", threads)
-    monkeypatch.setattr("snapd.cow.extract._PIECE_BYTES", 3 * BLOCK + 512)
+    monkeypatch.setattr("snapd.cow.verbs.extract._THREADS", threads)
+    monkeypatch.setattr("snapd.cow.verbs.extract._PIECE_BYTES", 3 * BLOCK + 512)
     assert extracted(folder) == bytes(NEW)
 
 
@@ -116,8 +116,8 @@ def test_findings_do_not_depend_on_threads(folder: Path, monkeypatch: pytest.Mon
         flip(folder / "old", block * BLOCK, 1)
     reports = []
     for threads in (1, 4):
-        monkeypatch.setattr("snapd.cow.contentcheck._THREADS", threads)
-        monkeypatch.setattr("snapd.cow.contentcheck._PIECE_BYTES", 5 * BLOCK)
+        monkeypatch.setattr("snapd.cow.verbs.contentcheck._THREADS", threads)
+        monkeypatch.setattr("snapd.cow.verbs.contentcheck._PIECE_BYTES", 5 * BLOCK)
         reports.append(verified(folder))
     assert reports[0] == reports[1]
     assert reports[0] is not None

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapd.cow.blockrows import Ints
-from snapd.cow.copyfind import NO_SOURCE
-from snapd.cow.copyorder import CopyOrder
+from snapd.cow.diff.blockrows import Ints
+from snapd.cow.diff.copyfind import NO_SOURCE
+from snapd.cow.diff.copyorder import CopyOrder
 
 BLOCKS = 41
 

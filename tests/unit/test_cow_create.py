@@ -18,20 +18,19 @@ from snapd.block.lock import locked_store
 from snapd.block.store import read_bytes
 from snapd.cow.claim import SUFFIX
 from snapd.cow.compress import CompressOption
-from snapd.cow.copyfind import NO_SOURCE
-from snapd.cow.copyorder import CopyOrder, OrderedRun
-from snapd.cow.create import create_cow
-from snapd.cow.createoptions import CreateOptions
-from snapd.cow.digests import load_digests
+from snapd.cow.diff.copyfind import NO_SOURCE
+from snapd.cow.diff.copyorder import CopyOrder, OrderedRun
+from snapd.cow.diff.createoptions import CreateOptions
+from snapd.cow.diff.xormode import XorMode
+from snapd.cow.digests import block_digest, load_digests
 from snapd.cow.errors import CowError
-from snapd.cow.estimate import estimate_cow
-from snapd.cow.extract import extract_image
 from snapd.cow.format import BLOCK_SIZE, PROGRESS, PROGRESS_OFFSET
-from snapd.cow.info import cow_info
-from snapd.cow.reader import CowFile
-from snapd.cow.units import block_digest
-from snapd.cow.verify import verify_cow
-from snapd.cow.xormode import XorMode
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.verbs.create import create_cow
+from snapd.cow.verbs.estimate import estimate_cow
+from snapd.cow.verbs.extract import extract_image
+from snapd.cow.verbs.info import cow_info
+from snapd.cow.verbs.verify import verify_cow
 
 SMALL = CreateOptions(unit=4096)
 OLD = Random(1).randbytes(30 * BLOCK_SIZE)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapd.cow.blockrows import NONE, Ints
-from snapd.cow.cycles import give_up
+from snapd.cow.diff.blockrows import NONE, Ints
+from snapd.cow.diff.cycles import give_up
 
 Graph = list[tuple[int, ...]]
 

@@ -15,14 +15,14 @@ from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore
 from snapd.block.store import read_bytes
 from snapd.cow.compress import CompressOption
-from snapd.cow.createoptions import CreateOptions
-from snapd.cow.diff import Diff, DiffCounts
+from snapd.cow.diff.createoptions import CreateOptions
+from snapd.cow.diff.diff import Diff, DiffCounts
+from snapd.cow.diff.xormode import XorMode
+from snapd.cow.digests import block_digest
 from snapd.cow.format import BLOCK_SIZE, OpType
-from snapd.cow.mergeorder import order_fault
-from snapd.cow.reader import CowFile
-from snapd.cow.units import block_digest
-from snapd.cow.writer import create_writer
-from snapd.cow.xormode import XorMode
+from snapd.cow.parse.mergeorder import order_fault
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import create_writer
 
 _BLOCKS = st.lists(st.integers(0, 12), min_size=1, max_size=40)
 
@@ -251,7 +251,7 @@ def test_blocks_are_found_in_every_part_of_a_large_index(monkeypatch: pytest.Mon
     old, new = b"".join(blocks), b"".join(random.sample(blocks, 300))
     whole = diff(old, new, compress="lz4")[0]
     for name, value in (("_INDEX_BLOCKS", 32), ("_PIECE_BLOCKS", 50)):
-        monkeypatch.setattr(f"snapd.cow.copyfind.{name}", value)
+        monkeypatch.setattr(f"snapd.cow.diff.copyfind.{name}", value)
     parts = diff(old, new, compress="lz4")[0]
     assert read_bytes(parts, 0, parts.size()) == read_bytes(whole, 0, whole.size())
 
@@ -287,7 +287,7 @@ def test_identical_images_give_no_ops() -> None:
 
 def test_equal_hashes_are_not_equal_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """COW-150: with a hash that is only odd or even the result is still exact, as every hit is compared."""
-    monkeypatch.setattr("snapd.cow.blockscan.xxhash.xxh3_64_intdigest", lambda data: data[0] % 2)
+    monkeypatch.setattr("snapd.cow.diff.blockscan.xxhash.xxh3_64_intdigest", lambda data: data[0] % 2)
     old, new = image([1, 2, 3, 4, 5, 6]), image([4, 3, 8, 1, 2, 5])
     cow, counts = diff(old, new)
     assert content(cow, old) == new

@@ -9,9 +9,9 @@ from random import Random
 
 import pytest
 
-from snapd.cow.extentmap import UNCHANGED, ExtentMap
 from snapd.cow.format import Compression, OpType
-from snapd.cow.picture import THIN, Cell, draw
+from snapd.cow.image.extentmap import UNCHANGED, ExtentMap
+from snapd.cow.verbs.picture import THIN, Cell, draw
 from snapd.ctl.blockpicture import png_picture, text_picture
 
 COPY, REPLACE, ZERO, XOR = OpType.COPY, OpType.REPLACE, OpType.ZERO, OpType.XOR
@@ -77,7 +77,7 @@ def test_an_image_without_blocks_has_no_rows() -> None:
 
 def test_cells_agree_with_a_count_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random images, also in several pieces: every cell is what counting block by block gives."""
-    monkeypatch.setattr("snapd.cow.picture._RUNS_AT_ONCE", 7)
+    monkeypatch.setattr("snapd.cow.verbs.picture._RUNS_AT_ONCE", 7)
     cost = {kind: code for code, kind in enumerate((UNCHANGED, ZERO, COPY, XOR, REPLACE), start=1)}
     for seed in range(50):
         random = Random(seed)

@@ -8,11 +8,11 @@ from cowfiles import store
 
 from snapd.block.errors import SnapdError
 from snapd.block.extent import Extent
-from snapd.cow.blockrows import NONE, Ints
 from snapd.cow.compress import CompressOption
-from snapd.cow.createoptions import CreateOptions
+from snapd.cow.diff.blockrows import NONE, Ints
+from snapd.cow.diff.createoptions import CreateOptions
+from snapd.cow.diff.unitcoder import ReplacePayload, UnitCoder
 from snapd.cow.format import BLOCK_SIZE
-from snapd.cow.unitcoder import ReplacePayload, UnitCoder
 
 _RANDOM = Random(1)
 # Each block compresses worse than the one before.

@@ -16,8 +16,8 @@ from snapd.cow.compress import CompressOption
 from snapd.cow.digests import DigestLog, DigestTable, block_digest
 from snapd.cow.errors import CowError
 from snapd.cow.format import BLOCK_SIZE, OpType
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.reader import CowFile
 
 RANDOM = Random(11)
 

@@ -5,8 +5,8 @@ from random import Random
 import pytest
 
 from snapd.cow.compress import CompressOption, Encoder
+from snapd.cow.diff.xordiff import cheaper_as_xor
 from snapd.cow.format import BLOCK_SIZE
-from snapd.cow.xordiff import cheaper_as_xor
 
 OP = 16
 NOISE = Random(1).randbytes(64 * BLOCK_SIZE)

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapd.block.store import read_bytes
-from snapd.cow import anchors
-from snapd.cow.anchors import AnchorIndex, Picker
-from snapd.cow.blockrows import NONE
 from snapd.cow.compress import CompressOption
-from snapd.cow.createoptions import CreateOptions
+from snapd.cow.diff import anchors
+from snapd.cow.diff.anchors import AnchorIndex, Picker
+from snapd.cow.diff.blockrows import NONE
+from snapd.cow.diff.createoptions import CreateOptions
+from snapd.cow.diff.xormode import XorMode
 from snapd.cow.format import BLOCK_SIZE, OpType
+from snapd.cow.parse.reader import CowFile
 from snapd.cow.progress import Meter
-from snapd.cow.reader import CowFile
-from snapd.cow.xormode import XorMode
 
 NOISE = Random(1).randbytes(200 * BLOCK_SIZE)
 
@@ -178,7 +178,7 @@ def test_anchors_do_not_depend_on_where_they_are() -> None:
 @pytest.mark.parametrize("slice_blocks", [3, 1 << 16])
 def test_the_index_follows_the_size_of_the_image(slice_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large the image, the index stays within its bound, and most of what moved is found all the same."""
-    monkeypatch.setattr("snapd.cow.xorsearch._SLICE_BLOCKS", slice_blocks)
+    monkeypatch.setattr("snapd.cow.diff.xorsearch._SLICE_BLOCKS", slice_blocks)
     monkeypatch.setattr(anchors, "_INDEX_ENTRIES", 200)
     index = AnchorIndex(store(NOISE), 1, Meter(lambda _done, _total: None, 1))
     assert index.bits > 10
@@ -193,7 +193,7 @@ def test_same_file_for_every_way_to_cut_the_work(monkeypatch: pytest.MonkeyPatch
     new = Random(7).randbytes(777) + NOISE[: 120 * BLOCK_SIZE]
     new = new[: 120 * BLOCK_SIZE]
     for slice_blocks in (16, 1 << 16):
-        monkeypatch.setattr("snapd.cow.xorsearch._SLICE_BLOCKS", slice_blocks)
+        monkeypatch.setattr("snapd.cow.diff.xorsearch._SLICE_BLOCKS", slice_blocks)
         files = []
         for jobs in (1, 2, 3):
             cow, counts = diff(NOISE, new, CreateOptions(xor=XorMode.SEARCH, jobs=jobs))

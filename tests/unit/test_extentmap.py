@@ -10,9 +10,9 @@ from cowfiles import block, diff, extent_map, image, written
 
 from snapd.block.errors import SnapdError
 from snapd.block.extent import Extent
-from snapd.cow.extentmap import UNCHANGED, ExtentMap, Run
 from snapd.cow.format import BLOCK_SIZE, Compression, OpType
-from snapd.cow.reader import CowFile
+from snapd.cow.image.extentmap import UNCHANGED, ExtentMap, Run
+from snapd.cow.parse.reader import CowFile
 
 OLD = image([1, 2, 3, 4, 5, 6])
 NEW = image([1, 9, 9, 4, 0, 5, 8, 8])

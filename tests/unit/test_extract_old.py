@@ -14,10 +14,10 @@ from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore
 from snapd.block.store import WritableBuffer
 from snapd.cow.compress import CompressOption
-from snapd.cow.create import create_cow
-from snapd.cow.createoptions import CreateOptions
+from snapd.cow.diff.createoptions import CreateOptions
 from snapd.cow.format import BLOCK_SIZE
-from snapd.cow.reader import CowFile
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.verbs.create import create_cow
 from snapd.merge.extract_old import extract_old, is_undo_store
 from snapd.merge.statefile import Phase, State
 from snapd.merge.undostore import UndoStore

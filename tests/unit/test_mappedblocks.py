@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapd.cow.mappedblocks import MappedBlocks
+from snapd.cow.write.mappedblocks import MappedBlocks
 
 _RUNS = st.lists(st.tuples(st.one_of(st.integers(0, 60), st.integers(2000, 6200)), st.integers(1, 2500)), max_size=12)
 

@@ -18,10 +18,10 @@ from snapd.cow import history
 from snapd.cow.claim import claim
 from snapd.cow.compress import CompressOption
 from snapd.cow.format import PROGRESS, PROGRESS_OFFSET
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
-from snapd.cow.writer import create_writer
-from snapd.cow.writeroptions import WriterOptions
+from snapd.cow.image.view import CowView
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.writer import create_writer
+from snapd.cow.write.writeroptions import WriterOptions
 from snapd.merge import offline
 from snapd.merge.engine import Merge
 from snapd.merge.offline import MergeReport, merge_offline

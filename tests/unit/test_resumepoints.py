@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from snapd.cow.resumepoints import REGION_SIZE, Point, ResumePoints
+from snapd.cow.write.resumepoints import REGION_SIZE, Point, ResumePoints
 
 SECTOR = 512
 

@@ -8,7 +8,7 @@ from merge_world import memory_file
 from zeromap import zero_map
 
 from snapd.block.errors import SnapdError
-from snapd.cow.extentmap import ExtentMap
+from snapd.cow.image.extentmap import ExtentMap
 from snapd.merge.sharedmap import MERGED, PENDING, UNTOUCHED, SharedMap
 
 SNAPSHOT = uuid.UUID(int=1)

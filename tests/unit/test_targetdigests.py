@@ -12,9 +12,9 @@ from snapd.cow.compress import CompressOption
 from snapd.cow.digests import DigestLog, DigestTable, block_digest
 from snapd.cow.errors import CowError
 from snapd.cow.format import OpType
-from snapd.cow.reader import CowFile
-from snapd.cow.targetdigests import TargetDigests
-from snapd.cow.writer import CowWriter, WriterOptions, append_writer, create_writer
+from snapd.cow.parse.reader import CowFile
+from snapd.cow.write.targetdigests import TargetDigests
+from snapd.cow.write.writer import CowWriter, WriterOptions, append_writer, create_writer
 
 SIZE = 4096
 RANDOM = Random(4)

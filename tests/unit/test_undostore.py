@@ -13,11 +13,11 @@ from snapd.block.errors import SnapdError
 from snapd.block.file import FileStore
 from snapd.block.simdisk import SimDisk, SimStore
 from snapd.block.store import read_bytes
-from snapd.cow.extentmap import ExtentMap
 from snapd.cow.format import OP_SIZE_V3, OpType
+from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.image.view import CowView
 from snapd.cow.op import Op
-from snapd.cow.reader import CowFile
-from snapd.cow.view import CowView
+from snapd.cow.parse.reader import CowFile
 from snapd.merge.undostore import UndoStore
 from snapd.merge.undotable import ENTRY_SIZE, SUFFIX, TABLE_START, UndoIdentity
 from snapd.merge.undowriter import UndoWriter

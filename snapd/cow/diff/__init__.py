@@ -1,0 +1,1 @@
+"""From two images to ops: what is unchanged, copied, similar or new, and in which order it merges."""

@@ -1,0 +1,1 @@
+"""What `snapctl cow` does with files, without a daemon."""
