@@ -1,14 +1,15 @@
 """Payload compression: the option string, the encoders and the decoders (section 10).
 
 Invariant: `Decoder.decode` returns exactly the bytes asked for or raises; a damaged payload never turns into
-data (COW-103, COW-120), and none makes us allocate more than those bytes. Both ends keep one codec context and must
-not be shared between threads.
+data (COW-103, COW-120), and none makes us allocate more than those bytes and the codec's window. Both ends keep one
+codec context and must not be shared between threads.
 """
 
 import errno
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import lz4.block
@@ -121,8 +122,8 @@ class Decoder:
         self._always_stream = version < 3 and algorithm in _ALWAYS_STREAMS
         self._decompress: Callable[[Buffer, int], bytes] | None = None
         if algorithm is Compression.ZSTD:
-            self._zstd = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
-            self._decompress = self._decompress_zstd
+            zstd = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+            self._decompress = partial(_decompress_zstd, zstd)
         elif algorithm is Compression.LZ4:
             self._decompress = lz4.block.decompress
         elif algorithm is Compression.GZ:
@@ -152,13 +153,14 @@ class Decoder:
             )
         return unit
 
-    def _decompress_zstd(self, payload: Buffer, size: int) -> bytes:
-        declared = zstandard.frame_content_size(payload)
-        # Checked before decoding: the frame must not make us allocate what it likes.
-        if declared not in (-1, size):
-            raise ValueError(f"the frame declares {declared} bytes instead of {size}")
-        # At most `size` bytes of one frame with nothing behind it; by keyword it costs half a microsecond more.
-        return self._zstd.decompress(payload, size, False, False)
+
+def _decompress_zstd(zstd: zstandard.ZstdDecompressor, payload: Buffer, size: int) -> bytes:
+    declared = zstandard.frame_content_size(payload)
+    # Checked before decoding: the frame must not make us allocate what it likes.
+    if declared not in (-1, size):
+        raise ValueError(f"the frame declares {declared} bytes instead of {size}")
+    # At most `size` bytes of one frame with nothing behind it; by keyword it costs half a microsecond more.
+    return zstd.decompress(payload, size, False, False)
 
 
 def _decompress_gz(payload: Buffer, size: int) -> bytes:

@@ -66,6 +66,17 @@ def test_units_of_one_call(cluster_ops: int, unit: int, expected: list[int]) -> 
     assert ops.new_block.tolist() == [1 + sum(expected[:i]) for i in range(len(expected))]
 
 
+def test_version_2_has_one_block_an_op() -> None:
+    """COW-111, COW-105: however much a call brings; and no payload is longer than 16 bits can say."""
+    store, writer = begin(options(2, "gz"))
+    writer.raw(10, BLOCK * 5)
+    with pytest.raises(CowError, match="COW-109"):
+        writer.put(OpType.REPLACE, 20, 1, 0, bytes(1 << 16))
+    writer.finalize()
+    ops = CowFile.parse(store).ops
+    assert (ops.blocks.tolist(), ops.new_block.tolist()) == ([1] * 5, list(range(10, 15)))
+
+
 def test_units_end_with_their_call() -> None:
     """COW-113, COW-116: two calls are two units at least; XOR ops have one block each."""
     store, writer = begin(options(3, unit=65536))

@@ -7,6 +7,7 @@ Everything follows from one seed, so that a failure replays: `SNAPD_CRASH_SEED=n
 import contextlib
 import copy
 import os
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from random import Random
@@ -217,10 +218,12 @@ class World:
     def check_power_cuts(self, count: int) -> None:
         """What `count` different power cuts would leave now; the disk stays as it is."""
         disk = self.disk
+        # Several times as fast as a deep copy.
+        image = pickle.dumps(disk)
         self.log.append("one of several power cuts")
         try:
             for i in range(count):
-                self.disk = copy.deepcopy(disk)
+                self.disk = pickle.loads(image)
                 self.disk.random.seed(f"{self.seed} {disk.operations} {i}")
                 self.disk.power_cut()
                 self.check()

@@ -7,7 +7,8 @@ Order of writes; a stream counts as far as a label that the reader names, or as 
 | create 1 | the digests' state of no ops; an old file cut to nothing, a device zeroed; flush | the old file, or none |
 | create 2 | header, zeroed scratch; flush | a file without labels |
 | append 1 | (the caller) the digests cut back to the label | the old file, whose later ops have no digests |
-| append 2 | the footer zeroed; flush | the labels |
+| append 2 | what a killed writer wrote; flush | the same |
+| append 3 | the footer zeroed; flush | the labels |
 | add 1 | the footer of an earlier `finalize` zeroed; flush | the labels |
 | add 2 | payloads and records behind the last label | the labels up to the one behind which is added |
 | label 1 | the rest of payloads and records; flush | the same |

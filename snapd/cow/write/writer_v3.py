@@ -7,7 +7,8 @@ Order of writes (COW-95, COW-96); nothing counts before the header says so:
 | create 1 | the digests' state of no ops; an old file cut to nothing; flush | the old file, or none |
 | create 2 | header without ops, zeroed scratch; flush | a valid, empty file |
 | append 1 | (the caller) the digests cut back to the label | the old file, whose later ops have no digests |
-| append 2 | header with the label's ops and points; flush | the file as it is at the label |
+| append 2 | what a killed writer wrote; flush | the same |
+| append 3 | header with the label's ops and points; flush | the file as it is at the label |
 | add | payloads and records behind those that count | the file as it was |
 | commit 1 | the digests' state, durable | the same, and a state that nobody looks for |
 | commit 2 | the rest of payloads and records, resume points that fit; flush | the same |
@@ -148,16 +149,18 @@ class WriterV3(CowWriter):
         self._points = ResumePoints(self._header.resume_start)
 
     def _mark(self, number: int) -> None:
-        self._points.add(number, self._op_count)
+        self._spill()
+        self._points.add(number, self._stored_ops)
         self._commit_digests(number)
         self._commit()
 
     def _finish(self) -> None:
+        self._spill()
         self._finish_digests()
         self._commit()
 
     def _commit(self) -> None:
-        self._spill()
+        """Make what was written count."""
         fits = self._points.fits
         if fits:
             for region in self._points.writes():
@@ -165,7 +168,7 @@ class WriterV3(CowWriter):
             self._points.wrote()
             self._points.believed = len(self._points)
         self._flush()
-        self._header = self._header.with_ops(self._op_count)
+        self._header = self._header.with_ops(self._stored_ops)
         self._write_header()
         if not fits:
             for region in self._points.writes():
