@@ -4,6 +4,7 @@ import struct
 from random import Random
 
 import pytest
+import rawcow
 from cow_writing import BLOCK, VERSIONS, begin, content, options
 
 from snapd.block.simdisk import SimDisk, SimStore
@@ -301,3 +302,14 @@ def test_a_new_file_is_as_good_as_empty() -> None:
         assert not store.unflushed_sectors()
         assert store.size() == CowFile.parse(store).header.sequence_start if version == 3 else 38 + (2 << 20)
         assert read_bytes(store, store.size() - (2 << 20), 2 << 20) == bytes(2 << 20)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 40, 63])
+def test_a_file_that_ends_inside_its_resume_points_can_be_gone_on_with(length: int) -> None:
+    """COW-48, COW-88: without ops a version 3 file need not have the whole region, whatever its header counts."""
+    file = rawcow.store((rawcow.header(op_count_max=5, resume_point_count=4) + bytes(64))[: 78 + length])
+    writer = append_writer(file, CowFile.parse(file), CompressOption.parse("none"))
+    writer.zero(3)
+    writer.label(7)
+    writer.finalize()
+    assert CowFile.parse(file, label=7).op_count == 1

@@ -212,6 +212,7 @@ def _points_of(store: Store, cow: "CowFile") -> ResumePoints:
     header = cow.header
     region = read_bytes(store, header.resume_start, min(REGION_SIZE, max(0, cow.size - header.resume_start)))
     kept = tuple(Point(*label) for label in cow.labels)
-    slots = region[: RESUME_POINT_SIZE * header.resume_point_count]
+    # A file without ops may end inside the region, and inside a slot of it.
+    slots = region[: RESUME_POINT_SIZE * min(header.resume_point_count, len(region) // RESUME_POINT_SIZE)]
     believed = 1 + max((i for i, point in enumerate(RESUME_POINT.iter_unpack(slots)) if point in kept), default=-1)
     return ResumePoints(header.resume_start, region, kept, believed=believed)
