@@ -313,3 +313,15 @@ def test_a_file_that_ends_inside_its_resume_points_can_be_gone_on_with(length: i
     writer.label(7)
     writer.finalize()
     assert CowFile.parse(file, label=7).op_count == 1
+
+
+def test_a_file_of_huge_clusters_is_not_gone_on_with() -> None:
+    """V9, COW-91: what a header asks for in free slots is bounded before the first of them is written."""
+    file, writer = begin(options(2))
+    writer.zero(1)
+    writer.label(1)
+    file.write(struct.pack("<I", 1 << 31), 22)
+    before = read_bytes(file, 0, file.size())
+    with pytest.raises(CowError, match="clusters of 2147483648 ops"):
+        append_writer(file, CowFile.parse(file, label=1), CompressOption.parse("none"))
+    assert read_bytes(file, 0, file.size()) == before

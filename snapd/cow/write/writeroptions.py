@@ -18,6 +18,8 @@ from snapd.cow.format import (
 
 _MAX_BLOCK_SIZE = 65535
 
+MAX_CLUSTER_OPS = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class WriterOptions:
@@ -46,8 +48,9 @@ class WriterOptions:
         size = self.block_size
         if not 512 <= size <= _MAX_BLOCK_SIZE or size & (size - 1):
             raise _bad(f"block size {size} is not a power of two from 512 to 32768", "COW-4")
-        if not 0 <= self.cluster_ops <= MAX_OP_COUNT:
-            raise _bad(f"cluster of {self.cluster_ops} ops", "V9")
+        # The slots that a cluster leaves free are written as zeros: no header may ask for more than a little of that.
+        if not 0 <= self.cluster_ops <= MAX_CLUSTER_OPS:
+            raise _bad(f"clusters of {self.cluster_ops} ops: written are at most {MAX_CLUSTER_OPS}", "V9")
         if self.threads < 1:
             raise SnapdError(errno.EINVAL, f"{self.threads} threads: at least one has to compress")
         if self.version == 3:
