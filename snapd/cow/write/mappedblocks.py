@@ -18,6 +18,14 @@ class MappedBlocks:
 
     def claim(self, start: int, count: int) -> int | None:
         """Take in the blocks if none of them is in the set; else change nothing and return the lowest that is."""
+        page, bit = divmod(start, _PAGE_BLOCKS)
+        if bit + count <= _PAGE_BLOCKS:
+            # One op of one page, as nearly all are: a creation does this for every unit.
+            mask, present = (1 << count) - 1 << bit, self._pages.get(page, 0)
+            if both := present & mask:
+                return page * _PAGE_BLOCKS + (both & -both).bit_length() - 1
+            self._pages[page] = present | mask
+            return None
         masks = _masks(start, count)
         pages = [self._pages.get(page, 0) for page, _ in masks]
         for (page, mask), present in zip(masks, pages, strict=True):
