@@ -14,11 +14,12 @@ test: .venv/test-ready lint
 long: .venv/test-ready
 	SNAPD_CRASH_SCALE=50 SNAPD_KILL_SEEDS=100 \
 		$(BIN)/pytest -n 2 --dist worksteal --timeout 0 tests/crash tests/e2e/test_service_kills.py
+	SNAPD_KILLS=200 $(BIN)/pytest --timeout 0 -rP tests/e2e/test_device_storms.py
 	SNAPD_FUZZ_FILES=1000000 $(BIN)/pytest -n 2 --dist worksteal --timeout 0 -rP tests/fuzz/test_fuzz.py -k mutated
 
-# Figures, in interleaved runs with their spread; the first needs fio, qemu-nbd and nbdkit, the second e2fsprogs.
+# Figures, in interleaved runs with their spread; both need e2fsprogs, the first fio, qemu and nbdkit too.
 bench: .venv/test-ready
-	$(BIN)/python tests/bench/bench_reads.py
+	$(BIN)/python tests/bench/bench_device.py
 	$(BIN)/python tests/bench/bench_cow.py
 
 lint: .venv/test-ready

@@ -22,16 +22,23 @@ class BioOp(IntEnum):
     SECURE_ERASE = 4
     WRITE_SAME = 5
     WRITE_ZEROES = 6
+    ZONE_OPEN = 7
+    ZONE_CLOSE = 8
+    ZONE_FINISH = 9
+    ZONE_APPEND = 10
+    ZONE_RESET = 11
+    ZONE_RESET_ALL = 12
 
 
 class Bio:
     """One request: `length` bytes from `sector` (512-byte units).
 
-    `data` is where a READ's bytes go and where a WRITE's bytes are; `on_complete(errno)` is called exactly once,
-    with 0 or a positive errno number.
+    `data` is where a READ's bytes go and where a WRITE's bytes are, or None when they lie in the memory that target
+    and daemon share, from byte `place` on. `on_complete(bio, errno)` is called exactly once, with 0 or a positive errno
+    number; `tag` is the submitter's own.
     """
 
-    __slots__ = ("data", "flags", "length", "on_complete", "op", "sector")
+    __slots__ = ("data", "flags", "length", "on_complete", "op", "place", "sector", "tag")
 
     def __init__(
         self,
@@ -39,8 +46,10 @@ class Bio:
         sector: int,
         length: int,
         data: memoryview | None,
-        on_complete: Callable[[int], None],
+        on_complete: "Callable[[Bio, int], None]",
         flags: int = 0,
+        place: int = -1,
+        tag: int = 0,
     ) -> None:
         self.op = op
         self.sector = sector
@@ -48,3 +57,5 @@ class Bio:
         self.data = data
         self.on_complete = on_complete
         self.flags = flags
+        self.place = place
+        self.tag = tag

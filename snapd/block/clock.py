@@ -11,12 +11,19 @@ class Clock(Protocol):
         """Milliseconds since some fixed instant; never goes back."""
         ...
 
+    def now_us(self) -> int:
+        """The same in microseconds."""
+        ...
+
 
 class SystemClock:
     """The machine's monotonic clock."""
 
     def now_ms(self) -> int:
         return time.monotonic_ns() // 1_000_000
+
+    def now_us(self) -> int:
+        return time.monotonic_ns() // 1000
 
 
 class ManualClock:
@@ -27,6 +34,9 @@ class ManualClock:
 
     def now_ms(self) -> int:
         return self._now_ms
+
+    def now_us(self) -> int:
+        return self._now_ms * 1000
 
     def advance(self, ms: int) -> None:
         """Move forward by `ms` milliseconds."""

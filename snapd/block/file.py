@@ -4,7 +4,6 @@ Positional, buffered I/O only: several processes share one descriptor, so nothin
 file position, and O_DIRECT is never mixed in.
 """
 
-import ctypes
 import errno
 import fcntl
 import functools
@@ -32,6 +31,7 @@ class FileStore:
     def __init__(self, fd: int, name: str = "") -> None:
         self.fd = fd
         self.name = name or f"descriptor {fd}"
+        self._read_flags = os.RWF_NOWAIT
 
     def size(self) -> int:
         return os.fstat(self.fd).st_size
@@ -47,6 +47,22 @@ class FileStore:
                 got += more
         except OSError as error:
             raise SnapdError.from_os(error, f"read {len(view)} bytes of {self.name} at {offset}") from error
+
+    def read_cached(self, buffer: memoryview, offset: int) -> bool:
+        """Fill the whole buffer if that takes no disk; else have the range fetched, and return False."""
+        try:
+            if os.preadv(self.fd, [buffer], offset, self._read_flags) == len(buffer):
+                return True
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                return False
+            # A file system in memory, where nothing ever waits.
+            self._read_flags = 0
+            return self.read_cached(buffer, offset)
+        os.posix_fadvise(self.fd, offset, len(buffer), os.POSIX_FADV_WILLNEED)
+        return False
 
     def write(self, data: Buffer, offset: int) -> None:
         try:
@@ -66,10 +82,14 @@ class FileStore:
 
     def discard(self, offset: int, length: int) -> None:
         # Discard is a hint: a file system without holes may keep the data.
-        if _libc_fallocate()(self.fd, _FALLOC_PUNCH_HOLE_KEEP_SIZE, offset, length):
-            number = ctypes.get_errno()
-            if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                raise SnapdError.from_os(OSError(number, ""), f"discard in {self.name} at {offset}")
+        self.unmap(offset, length)
+
+    def unmap(self, offset: int, length: int) -> bool:
+        """Make the range read as zeros by giving up its space; False, with nothing changed, if it cannot be."""
+        number = _libc_fallocate()(self.fd, _FALLOC_PUNCH_HOLE_KEEP_SIZE, offset, length)
+        if number not in (0, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise SnapdError.from_os(OSError(number, ""), f"discard in {self.name} at {offset}")
+        return not number
 
     def zero(self, offset: int, length: int) -> None:
         end = offset + length
@@ -99,6 +119,10 @@ class BlockDeviceStore(FileStore):
             if error.errno != errno.EOPNOTSUPP:
                 raise SnapdError.from_os(error, f"discard in {self.name} at {offset}") from error
 
+    def unmap(self, _offset: int, _length: int) -> bool:
+        """Never: what a device reads as after a discard is its own affair."""
+        return False
+
     def zero(self, offset: int, length: int) -> None:
         try:
             fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", offset, length))
@@ -121,12 +145,15 @@ def file_store(fd: int, name: str = "") -> FileStore:
 
 @functools.cache
 def _libc_fallocate() -> Callable[[int, int, int, int], int]:
-    # The standard library has posix_fallocate only, which cannot punch holes.
+    """fallocate(2), which returns an errno number; the standard library has posix_fallocate only, without holes."""
+    # Here, not above: most processes never need it, and it takes a while to load.
+    import ctypes
+
     function = ctypes.CDLL(None, use_errno=True).fallocate
     function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     function.restype = ctypes.c_int
 
     def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
-        return int(function(fd, mode, offset, length))
+        return ctypes.get_errno() if function(fd, mode, offset, length) else 0
 
     return fallocate

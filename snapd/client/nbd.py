@@ -6,6 +6,7 @@ payload is received straight into the caller's buffer, in whatever order the ser
 
 import errno
 import socket
+import struct
 from urllib.parse import parse_qs, urlsplit
 
 from snapd.block.errors import SnapdError
@@ -32,6 +33,7 @@ from snapd.device.nbd import (
     OptionReply,
 )
 
+_TIMEVAL = struct.Struct("@ll")
 _REQUEST_BYTES = 256 << 10
 _DEPTH = 8
 _MAX_OPTION_REPLY_BYTES = 64 << 10
@@ -161,9 +163,11 @@ def _connect(address: str, timeout_s: float) -> socket.socket:
     if not path or (parts.scheme and parts.scheme != "nbd+unix"):
         raise SnapdError(errno.EINVAL, f"{address}: not an NBD address or the path of a socket")
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(timeout_s)
+    # The system's timeout at first: with one of its own, a socket does not wait for a place in a full backlog.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(timeout_s), 0))
     try:
         connection.connect(path)
+        connection.settimeout(timeout_s)
     except OSError:
         connection.close()
         raise

@@ -8,9 +8,8 @@ codec context and must not be shared between threads.
 import errno
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import lz4.block
 import zstandard
@@ -44,8 +43,7 @@ _ZSTD_WINDOW_BYTES = 8 << 20
 """What every decoder must support (RFC 8878); a frame without its size could ask for 128 MiB to hold one block."""
 
 
-@dataclass(frozen=True, slots=True)
-class CompressOption:
+class CompressOption(NamedTuple):
     """A parsed `ALGO[,LEVEL]` (COW-100, COW-101)."""
 
     algorithm: Compression

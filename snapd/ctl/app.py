@@ -16,6 +16,13 @@ from snapd.ctl import (
     cow_merge,
     cow_verify,
     demo,
+    device_create,
+    device_delete,
+    device_list,
+    device_set,
+    device_show,
+    device_stats,
+    device_watch,
     merge_start,
     merge_watch,
     snapshot_create,
@@ -35,6 +42,10 @@ _GROUPS: dict[str, tuple[str, tuple[ModuleType, ...]]] = {
     "snapshot": (
         "Snapshots: a base and its COW, and the device over them.",
         (snapshot_create, snapshot_map, snapshot_unmap),
+    ),
+    "device": (
+        "Devices: what clients hold on to, of mapped snapshots and of stores.",
+        (device_create, device_delete, device_list, device_show, device_stats, device_watch, device_set),
     ),
     "merge": ("Write an update into its bases, in the background.", (merge_start, merge_watch)),
 }

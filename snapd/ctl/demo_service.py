@@ -1,5 +1,6 @@
 """A private snapd on a directory of its own, for the demo and for tests; gone without a trace when closed."""
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -10,7 +11,7 @@ from typing import Self
 
 from snapd.block.errors import SnapdError
 from snapd.client.service import Client
-from snapd.manager.devicehost import evict_hosts
+from snapd.manager.launch import clear_away
 from snapd.manager.paths import DevicePaths, ServicePaths
 from snapd.manager.process import evict
 
@@ -86,7 +87,7 @@ class PrivateService:
         devices = ServicePaths(str(self.state)).run / "devices"
         for name in os.listdir(devices) if devices.is_dir() else ():
             paths = DevicePaths(devices / name)
-            evict_hosts(paths)
+            asyncio.run(clear_away(paths))
             evict(paths.merger_fence)
             paths.remove()
 

@@ -5,7 +5,7 @@ in `seconds` with two decimals and a list with one item a line, so a verb format
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import zip_longest
 from typing import Annotated
@@ -37,6 +37,19 @@ def show(record: Record, output: Format) -> None:
         items = (value or (None,)) if isinstance(value, list | tuple) else (value,)
         for label, item in zip_longest((_label(key),), items, fillvalue=""):
             print(f"{label:<{width}}  {_cell(key, item)}".rstrip())
+
+
+def show_rows(records: Sequence[Record], output: Format) -> None:
+    """Print records with the same keys: a line each under a heading, or a JSON list."""
+    if output is Format.JSON:
+        print(json.dumps(records, indent=2))
+        return
+    rows = [[_cell(key, value) for key, value in record.items()] for record in records]
+    if rows:
+        rows.insert(0, [_label(key) for key in records[0]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _label(key: str) -> str:

@@ -1,6 +1,8 @@
 """Updates and snapshots of the API as the records that the verbs print."""
 
-from snapd.api.v1 import snapshots_pb2, updates_pb2
+from typing import Any
+
+from snapd.api.v1 import devices_pb2, snapshots_pb2, updates_pb2
 
 
 def update_record(update: updates_pb2.Update) -> dict[str, object]:
@@ -16,7 +18,7 @@ def update_summary(update: updates_pb2.Update) -> dict[str, object]:
     """The update without its snapshots."""
     return {
         "name": update.name,
-        "state": updates_pb2.UpdateState.Name(update.state).removeprefix("UPDATE_STATE_"),
+        "state": enum_name(updates_pb2.UpdateState, update.state),
         "failure": update.failure or None,
         "changed_bytes": update.changed_bytes,
         "merged_bytes": update.merged_bytes,
@@ -29,7 +31,7 @@ def snapshot_record(snapshot: snapshots_pb2.Snapshot) -> dict[str, object]:
     return {
         "name": snapshot.name,
         "uuid": snapshot.uuid,
-        "state": snapshots_pb2.SnapshotState.Name(snapshot.state).removeprefix("SNAPSHOT_STATE_"),
+        "state": enum_name(snapshots_pb2.SnapshotState, snapshot.state),
         "failure": snapshot.failure or None,
         "base_path": snapshot.base_path,
         "cow_path": snapshot.cow_path,
@@ -38,15 +40,23 @@ def snapshot_record(snapshot: snapshots_pb2.Snapshot) -> dict[str, object]:
         "new_size_bytes": snapshot.new_size_bytes,
         "changed_bytes": snapshot.changed_bytes,
         "merged_bytes": snapshot.merged_bytes,
-        "read_back": snapshots_pb2.ReadBack.Name(snapshot.read_back).removeprefix("READ_BACK_"),
+        "read_back": enum_name(snapshots_pb2.ReadBack, snapshot.read_back),
         "merger_pid": snapshot.merger_pid or None,
         "device": device.name if device else None,
-        "device_state": (
-            snapshots_pb2.DeviceState.Name(device.state).removeprefix("DEVICE_STATE_") if device else None
-        ),
+        "device_state": enum_name(devices_pb2.DeviceState, device.state) if device else None,
+        "export": enum_name(devices_pb2.ExportKind, device.export) if device else None,
         "nbd_uri": device.nbd_uri or None if device else None,
+        "nbd_tcp_uri": device.nbd_tcp_uri or None if device else None,
+        "loop_path": device.loop_path or None if device else None,
+        "dm_path": device.dm_path or None if device else None,
         "host_pid": device.host_pid or None if device else None,
         "worker_pid": device.worker_pid or None if device else None,
         "worker_restarts": device.worker_restarts if device else None,
         "host_restarts": device.host_restarts if device else None,
     }
+
+
+def enum_name(enum: Any, number: int) -> str:
+    """The name of an enum's value, without that of the enum in front."""
+    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
+    return str(enum.Name(number)).removeprefix(prefix)

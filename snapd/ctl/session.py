@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from snapd.client.service import Client
 
 UpdateArgument = Annotated[str, typer.Argument(metavar="U", help="The update.")]
+DeviceArgument = Annotated[str, typer.Argument(metavar="D", help="The device.")]
 SnapshotArgument = Annotated[str, typer.Argument(metavar="U/S", help="The snapshot, with its update in front.")]
 
 
@@ -26,6 +27,11 @@ def connect(context: typer.Context) -> "Client":
 def update_name(text: str) -> str:
     """`U` (or the full name) as a resource name."""
     return text if text.startswith("updates/") else f"updates/{text}"
+
+
+def device_name(text: str) -> str:
+    """`D` (or the full name) as a resource name."""
+    return text if text.startswith("devices/") else f"devices/{text}"
 
 
 def snapshot_name(text: str) -> str:

@@ -1,8 +1,8 @@
 """`python -I -m snapd.device`: be the device host that the first control message describes.
 
 Inherited descriptors: 3 control connection, 4 fence of this device's hosts. The first message is
-`{"verb": "start", "device": {...}}` with the descriptors of `Descriptors`; the reply is sent when the device serves.
-Exits 0 after the verb `stop`.
+`{"verb": "start", "device": {...}, "descriptors": [names]}` with the descriptors; the reply is sent when the device
+serves. Exits 0 after the verb `stop`, or SIGTERM, when what was in flight is answered.
 """
 
 import errno
@@ -37,7 +37,8 @@ def main() -> int:
         if message.get("verb") != "start":
             raise SnapdError(errno.EINVAL, f"the first verb is {message.get('verb')!r} instead of 'start'")
         config = DeviceConfig.from_dict(message.get("device"))
-        host = Host(config, Descriptors.from_message(fds), connection, clock, log)
+        descriptors = Descriptors.from_message(message.get("descriptors"), fds)
+        host = Host(config, descriptors, connection, clock, log)
         control.send(connection, {"ok": True, "pid": os.getpid(), "id": message.get("id")})
     except SnapdError as error:
         control.send(connection, {**refusal(error), "id": message.get("id")})

@@ -13,8 +13,8 @@ from snapd.device.loop import READABLE, Loop
 from snapd.proc import control
 from snapd.proc.control import Message
 
-Answer = Callable[[str], tuple[Message, Sequence[int]]]
-"""Does a verb; returns its reply's fields and descriptors, or raises `SnapdError`."""
+Answer = Callable[[Message], tuple[Message, Sequence[int]]]
+"""Does a message's verb; returns its reply's fields and descriptors, or raises `SnapdError`."""
 
 
 class ControlPort:
@@ -64,7 +64,7 @@ class ControlPort:
             for fd in unwanted:
                 os.close(fd)
             identity = {"id": message.get("id")}
-            fields, fds = self._answer(str(message.get("verb")))
+            fields, fds = self._answer(message)
             reply: Message = {"ok": True, **fields}
         except BlockingIOError:
             return

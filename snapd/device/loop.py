@@ -1,6 +1,7 @@
 """The device host's event loop: one epoll set, and who handles which descriptor."""
 
 import select
+import time
 from collections.abc import Callable
 
 Handler = Callable[[int], None]
@@ -34,10 +35,22 @@ class Loop:
         self._forgotten.add(fd)
         self._epoll.unregister(fd)
 
-    def run_once(self, timeout_ms: int | None) -> None:
-        """Wait for events, or for so long, and handle them; None waits without limit."""
+    def run_once(self, timeout_ms: int | None, spin_us: int = 0) -> None:
+        """Wait for events, or for so long, and handle them; None waits without limit.
+
+        The first `spin_us` are spent looking again and again instead of sleeping.
+        """
         self._forgotten.clear()
-        for fd, events in self._epoll.poll(None if timeout_ms is None else timeout_ms / 1000):
+        ready = self._spin(spin_us) if spin_us else []
+        for fd, events in ready or self._epoll.poll(None if timeout_ms is None else timeout_ms / 1000):
             # A number that was closed in this round may stand for something new by now.
             if fd not in self._forgotten:
                 self._handlers[fd](events)
+
+    def _spin(self, us: int) -> list[tuple[int, int]]:
+        poll, now = self._epoll.poll, time.monotonic_ns
+        end = now() + us * 1000
+        while not (ready := poll(0)):
+            if now() > end:
+                break
+        return ready

@@ -1,15 +1,7 @@
-"""NBD: wire constants, and the fixed newstyle handshake as a state machine.
+"""NBD on the wire, as far as this server and its client speak it. Everything is big-endian."""
 
-The one export has the empty name, is read-only and may be used by several connections at once. Everything on the wire
-is big-endian. An option's data and the number of options are bounded, whatever a client sends.
-"""
-
-import errno
 import struct
-from enum import IntEnum
-
-from snapd.block.errors import SnapdError
-from snapd.block.store import Buffer
+from enum import IntEnum, IntFlag
 
 DEFAULT_PORT = 10809
 GREETING_MAGIC = b"NBDMAGIC"
@@ -17,6 +9,7 @@ OPTION_MAGIC = b"IHAVEOPT"
 OPTION_REPLY_MAGIC = 0x3E889045565A9
 REQUEST_MAGIC = 0x25609513
 REPLY_MAGIC = 0x67446698
+STRUCTURED_MAGIC = 0x668E33EF
 
 GREETING = struct.Struct(">8s8sH")
 CLIENT_FLAGS = struct.Struct(">I")
@@ -27,6 +20,16 @@ INFO_EXPORT = struct.Struct(">HQH")
 INFO_BLOCK_SIZE = struct.Struct(">HIII")
 REQUEST = struct.Struct(">IHHQQI")
 REPLY = struct.Struct(">IIQ")
+STRUCTURED_REPLY = struct.Struct(">IHHQI")
+"""Magic, flags, type, cookie, bytes that follow; what follows begins with one of the four structs below."""
+DATA_CHUNK = struct.Struct(">Q")
+HOLE_CHUNK = struct.Struct(">QI")
+STATUS_CHUNK = struct.Struct(">I")
+"""The context's id; then an `EXTENT` each."""
+ERROR_CHUNK = struct.Struct(">IH")
+"""Error number, bytes of the message; the message; for ERROR_OFFSET, the offset as in `DATA_CHUNK`."""
+EXTENT = struct.Struct(">II")
+STRING_LENGTH = struct.Struct(">I")
 
 FIXED_NEWSTYLE = 1
 NO_ZEROES = 2
@@ -34,15 +37,24 @@ EXPORT_NAME_PADDING = bytes(124)
 
 HAS_FLAGS = 1
 READ_ONLY = 2
+SEND_FLUSH = 4
+SEND_FUA = 8
+SEND_TRIM = 32
+SEND_WRITE_ZEROES = 64
+SEND_DF = 128
 CAN_MULTI_CONN = 256
-EXPORT_FLAGS = HAS_FLAGS | READ_ONLY | CAN_MULTI_CONN
 
-MIN_BLOCK_BYTES = 1
+MIN_READ_ONLY_BLOCK_BYTES = 1
+MIN_WRITABLE_BLOCK_BYTES = 512
 PREFERRED_BLOCK_BYTES = 4096
 MAX_REQUEST_BYTES = 32 << 20
 
-MAX_OPTION_BYTES = 16 << 10
-MAX_OPTIONS = 64
+CHUNK_DONE = 1
+"""Flag of the last chunk of a structured reply."""
+ALLOCATION_CONTEXT = b"base:allocation"
+ALLOCATION_CONTEXT_ID = 1
+STATE_HOLE = 1
+STATE_ZERO = 2
 
 
 class Option(IntEnum):
@@ -53,6 +65,9 @@ class Option(IntEnum):
     LIST = 3
     INFO = 6
     GO = 7
+    STRUCTURED_REPLY = 8
+    LIST_META_CONTEXT = 9
+    SET_META_CONTEXT = 10
 
 
 class OptionReply(IntEnum):
@@ -61,6 +76,7 @@ class OptionReply(IntEnum):
     ACK = 1
     SERVER = 2
     INFO = 3
+    META_CONTEXT = 4
     ERR_UNSUP = 0x80000001
     ERR_INVALID = 0x80000003
     ERR_UNKNOWN = 0x80000006
@@ -83,96 +99,38 @@ class Command(IntEnum):
     TRIM = 4
     CACHE = 5
     WRITE_ZEROES = 6
+    BLOCK_STATUS = 7
 
 
-class Handshake:
-    """One client's negotiation for an export of `size_bytes`.
+class CommandFlag(IntFlag):
+    """Flags of a request."""
 
-    Send `greeting` first, then `feed` what comes until `finished` (the transmission phase begins) or `aborted`
-    (the client wants no more: send the replies and close).
-    """
-
-    greeting = GREETING.pack(GREETING_MAGIC, OPTION_MAGIC, FIXED_NEWSTYLE | NO_ZEROES)
-
-    def __init__(self, size_bytes: int) -> None:
-        self.finished = False
-        self.aborted = False
-        self._size_bytes = size_bytes
-        self._client_flags: int | None = None
-        self._options = 0
-
-    def feed(self, received: Buffer) -> tuple[int, bytes]:
-        """Take in whole options; returns the bytes used up and the replies to send.
-
-        Errors: EPROTO for a client that does not speak fixed newstyle, or goes beyond a bound.
-        """
-        used = 0
-        replies = bytearray()
-        if self._client_flags is None:
-            if len(received) < CLIENT_FLAGS.size:
-                return 0, b""
-            (flags,) = CLIENT_FLAGS.unpack_from(received)
-            if flags & ~NO_ZEROES != FIXED_NEWSTYLE:
-                raise SnapdError(errno.EPROTO, f"client flags {flags:#x}: fixed newstyle is needed, no more is known")
-            self._client_flags = flags
-            used = CLIENT_FLAGS.size
-        while not self.finished and not self.aborted and len(received) - used >= OPTION.size:
-            magic, option, length = OPTION.unpack_from(received, used)
-            if magic != OPTION_MAGIC:
-                raise SnapdError(errno.EPROTO, f"option magic {magic!r}")
-            if length > MAX_OPTION_BYTES:
-                raise SnapdError(errno.EPROTO, f"option {option} with {length} bytes: at most {MAX_OPTION_BYTES}")
-            if len(received) - used < OPTION.size + length:
-                break
-            used += OPTION.size
-            replies += self._answer(option, bytes(received[used : used + length]))
-            used += length
-            self._options += 1
-            if self._options > MAX_OPTIONS:
-                raise SnapdError(errno.EPROTO, f"more than {MAX_OPTIONS} options")
-        return used, bytes(replies)
-
-    def _answer(self, option: int, data: bytes) -> bytes:
-        if option == Option.EXPORT_NAME:
-            return self._export_name(data)
-        if option in (Option.INFO, Option.GO):
-            return self._info(option, data)
-        if option == Option.LIST:
-            if data:
-                return _reply(option, OptionReply.ERR_INVALID)
-            # One export, whose name has no characters.
-            return _reply(option, OptionReply.SERVER, struct.pack(">I", 0)) + _reply(option, OptionReply.ACK)
-        if option == Option.ABORT:
-            self.aborted = True
-            return _reply(option, OptionReply.ACK)
-        return _reply(option, OptionReply.ERR_UNSUP)
-
-    def _export_name(self, name: bytes) -> bytes:
-        if name:
-            # This option has no error reply: the only refusal is to hang up.
-            raise SnapdError(errno.EPROTO, f"no export {name[:64]!r}")
-        self.finished = True
-        assert self._client_flags is not None
-        padding = b"" if self._client_flags & NO_ZEROES else EXPORT_NAME_PADDING
-        return EXPORT_NAME_REPLY.pack(self._size_bytes, EXPORT_FLAGS) + padding
-
-    def _info(self, option: int, data: bytes) -> bytes:
-        # Name length, name, number of information requests, the requests; which we need not look at, since
-        # everything there is to know is always sent.
-        name_length = int.from_bytes(data[:4], "big")
-        requests = int.from_bytes(data[4 + name_length : 6 + name_length], "big")
-        if len(data) != 6 + name_length + 2 * requests:
-            return _reply(option, OptionReply.ERR_INVALID)
-        if name_length:
-            return _reply(option, OptionReply.ERR_UNKNOWN)
-        self.finished = option == Option.GO
-        sizes = (MIN_BLOCK_BYTES, PREFERRED_BLOCK_BYTES, MAX_REQUEST_BYTES)
-        return (
-            _reply(option, OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, self._size_bytes, EXPORT_FLAGS))
-            + _reply(option, OptionReply.INFO, INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, *sizes))
-            + _reply(option, OptionReply.ACK)
-        )
+    FUA = 1
+    NO_HOLE = 2
+    DF = 4
+    REQ_ONE = 8
+    FAST_ZERO = 16
 
 
-def _reply(option: int, kind: OptionReply, data: bytes = b"") -> bytes:
-    return OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, kind, len(data)) + data
+class Chunk(IntEnum):
+    """Types of the chunks of a structured reply; the top bit marks an error."""
+
+    NONE = 0
+    OFFSET_DATA = 1
+    OFFSET_HOLE = 2
+    BLOCK_STATUS = 5
+    ERROR = 0x8001
+    ERROR_OFFSET = 0x8002
+
+
+class NbdError(IntEnum):
+    """Error numbers as they are on the wire, whatever the system calls them."""
+
+    EPERM = 1
+    EIO = 5
+    ENOMEM = 12
+    EINVAL = 22
+    ENOSPC = 28
+    EOVERFLOW = 75
+    ENOTSUP = 95
+    ESHUTDOWN = 108

@@ -1,8 +1,12 @@
 """The supervisor: keeps one worker behind the target.
 
 A successor is started only when its predecessor's exit has been seen and its last answers have been taken in
-(DMU-185); a worker that hangs up, answers nonsense or keeps a request for too long is killed first (DMU-184). Five
-deaths within a minute are a crash loop: no further worker is started, and the target fails everything at once.
+(DMU-185); a worker that hangs up, answers nonsense or keeps a request for too long is killed first (DMU-184).
+
+Five workers within a minute that die without having answered anything are a crash loop: no further one is started, and
+the target fails everything at once. A worker that has answered shows that workers can serve, so whatever ended it, it
+is replaced at once, however often; and a request that ends each worker it is given to fails by itself after so many
+replays (DMU-148). Where workers are not to be replaced, everything fails after the first death.
 """
 
 from collections.abc import Callable
@@ -12,7 +16,7 @@ from typing import Protocol
 from snapd.block.clock import Clock
 from snapd.block.errors import SnapdError
 from snapd.device.loop import READABLE, WRITABLE, Loop
-from snapd.dmuser.channel import SocketChannel
+from snapd.dmuser.arenachannel import ArenaChannel
 from snapd.dmuser.target import Target
 from snapd.proc.deaths import CRASH_LOOP_DEATHS, CRASH_LOOP_MS, DeathCount
 from snapd.proc.log import Log
@@ -28,6 +32,7 @@ class WorkerState(StrEnum):
     RUNNING = "RUNNING"
     RESTARTING = "RESTARTING"
     CRASH_LOOP = "CRASH_LOOP"
+    FAILED = "FAILED"
     STOPPED = "STOPPED"
 
 
@@ -43,15 +48,20 @@ class Process(Protocol):
 
 
 class Supervisor:
-    """Starts and replaces workers; `start_worker` returns a process and the target's channel to it."""
+    """Starts workers, and replaces them if `replaces`.
+
+    `start_worker` returns a process and the target's channel to it.
+    """
 
     def __init__(
         self,
         loop: Loop,
         target: Target,
-        start_worker: Callable[[], tuple[Process, SocketChannel]],
+        start_worker: Callable[[], tuple[Process, ArenaChannel]],
         clock: Clock,
         log: Log,
+        *,
+        replaces: bool,
     ) -> None:
         self.state = WorkerState.RESTARTING
         self.restarts = 0
@@ -60,9 +70,11 @@ class Supervisor:
         self._start_worker = start_worker
         self._clock = clock
         self._log = log
+        self._replaces = replaces
         self._process: Process | None = None
-        self._channel: SocketChannel | None = None
+        self._channel: ArenaChannel | None = None
         self._channel_interest = READABLE
+        self._has_answered = False
         self._deaths = DeathCount()
         self._retry_ms: int | None = None
 
@@ -74,12 +86,12 @@ class Supervisor:
     def start(self) -> None:
         """Start a worker."""
         self._retry_ms = None
+        self._has_answered = False
         try:
             self._process, self._channel = self._start_worker()
         except SnapdError as error:
             self._log.line(f"no worker: {error}")
-            self._count_death()
-            if self.state is not WorkerState.CRASH_LOOP:
+            if self._counts_death():
                 self._retry_ms = self._clock.now_ms() + START_RETRY_MS
             return
         self.state = WorkerState.RUNNING
@@ -155,21 +167,29 @@ class Supervisor:
             self._replace()
 
     def _replace(self) -> None:
-        self._count_death()
-        if self.state is not WorkerState.CRASH_LOOP:
+        if self._counts_death():
             self.restarts += 1
             self.start()
 
-    def _count_death(self) -> None:
-        if self._deaths.is_crash_loop(self._clock.now_ms()):
+    def _counts_death(self) -> bool:
+        """A worker has died; whether there shall be another one. If not, requests fail at once from now on."""
+        if not self._replaces:
+            self.state = WorkerState.FAILED
+            self._log.line("the worker is gone and is not replaced: requests fail from now on")
+        elif not self._has_answered and self._deaths.is_crash_loop(self._clock.now_ms()):
             self.state = WorkerState.CRASH_LOOP
             self._log.line(
-                f"{CRASH_LOOP_DEATHS} deaths of the worker within {CRASH_LOOP_MS} ms: reads fail from now on"
+                f"{CRASH_LOOP_DEATHS} workers died within {CRASH_LOOP_MS} ms before they answered anything: "
+                "requests fail from now on"
             )
-            self._target.give_up()
+        else:
+            return True
+        self._target.give_up()
+        return False
 
     def _close_channel(self) -> None:
         if self._channel is not None:
+            self._has_answered = self._channel.has_answered
             self._loop.forget(self._channel.fileno())
             self._channel.close()
             self._channel = None

@@ -12,9 +12,10 @@ import struct
 
 from snapd.block.bio import BioOp
 from snapd.block.errors import SnapdError
+from snapd.dmuser.inflight import Channel, Message
 from snapd.dmuser.message import HEADER_BYTES
 from snapd.dmuser.outbox import Outbox
-from snapd.dmuser.target import Message, Target
+from snapd.dmuser.target import Target
 
 _RECEIVE_BYTES = 64 << 10
 _SEQ_AND_TYPE = struct.Struct("<QQ")
@@ -23,11 +24,12 @@ _SEQ_AND_TYPE = struct.Struct("<QQ")
 class SocketChannel:
     """One connected daemon. Owns the socket; the caller waits for readiness and calls `send` and `receive`."""
 
-    def __init__(self, target: Target, connection: socket.socket) -> None:
+    def __init__(self, target: Target, connection: socket.socket, group: str = "") -> None:
         connection.setblocking(False)
         self._socket = connection
-        self._channel = target.open()
+        self._channel = target.open(group)
         self._outbox: Outbox[Message] = Outbox()
+        self._has_sent = False
         self._buffer = memoryview(bytearray(_RECEIVE_BYTES))
         self._held_bytes = 0
         self._rest: memoryview | None = None
@@ -35,6 +37,10 @@ class SocketChannel:
     def fileno(self) -> int:
         """The descriptor to wait on; -1 once closed."""
         return self._socket.fileno()
+
+    def serves(self, channel: Channel) -> bool:
+        """Whether the target knows this connection as `channel`."""
+        return channel is self._channel
 
     @property
     def wants_to_send(self) -> bool:
@@ -49,12 +55,15 @@ class SocketChannel:
             if not self._outbox:
                 break
             try:
-                _, handed_over = self._outbox.send(self._socket)
+                sent_bytes, handed_over = self._outbox.send(self._socket)
             except OSError:
                 # The daemon is gone; the end of the stream tells so, and what it answered before is read first.
+                if not self._has_sent:
+                    self._outbox.clear()
+                    self._channel.take_back()
                 return
-            for _ in handed_over:
-                self._channel.handed_over()
+            self._has_sent = self._has_sent or sent_bytes > 0
+            self._channel.handed_over(len(handed_over))
             if self._outbox:
                 return
         if self._channel.ended:

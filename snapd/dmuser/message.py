@@ -31,7 +31,7 @@ class Answer(IntEnum):
 
 
 class Flag(IntFlag):
-    """What may stand in a request's flags field (section 4)."""
+    """What may stand in a request's flags field; `admission` says who takes which of them."""
 
     FAILFAST_DEV = 0x00001
     FAILFAST_TRANSPORT = 0x00002
@@ -54,11 +54,9 @@ class Flag(IntFlag):
     SWAP = 0x40000
 
 
-ACCEPTED_FLAGS = 0x7FFFF & ~int(Flag.CGROUP_PUNT | Flag.HIPRI | Flag.DRV | Flag.SWAP)
-"""The Android set: one bit outside it refuses the whole bio (DMU-20, DMU-21)."""
-
-ACCEPTED_OPS = frozenset(BioOp) - {BioOp.WRITE_SAME}
-"""WRITE_SAME carries data that the protocol drops, so it is never offered to a daemon (DMU-17)."""
+def is_flush(op: int, length: int, flags: int) -> bool:
+    """A FLUSH, or the zero-length WRITE with PREFLUSH that device mapper sends instead (DMU-16)."""
+    return op == BioOp.FLUSH or (op == BioOp.WRITE and not length and bool(flags & Flag.PREFLUSH))
 
 
 class Request(NamedTuple):
@@ -79,7 +77,5 @@ class Request(NamedTuple):
 
     @property
     def is_flush(self) -> bool:
-        """A FLUSH, or the zero-length WRITE with PREFLUSH that device mapper sends instead (DMU-16)."""
-        return self.op == BioOp.FLUSH or (
-            self.op == BioOp.WRITE and not self.length and bool(self.flags & Flag.PREFLUSH)
-        )
+        """Whether it asks for a flush, in either form (DMU-16)."""
+        return is_flush(self.op, self.length, self.flags)

@@ -37,6 +37,11 @@ class Outbox(Generic[Owner]):
         self._sent_of_first = 0
         return owners
 
+    def copy_out(self) -> list[Owner]:
+        """Go on with copies of what has not left, so that its memory is free; returns the owners, who stay owners."""
+        self._pieces = deque((bytes(piece), owner) for piece, owner in self._pieces)
+        return [owner for _, owner in self._pieces if owner is not None]
+
     def send(self, connection: socket.socket) -> tuple[int, list[Owner]]:
         """Send as much as the socket takes; returns the bytes taken and the owners of the pieces that have left.
 
@@ -57,6 +62,11 @@ class Outbox(Generic[Owner]):
                     sent = connection.sendmsg([first, *(pieces[i][0] for i in range(1, count))])
             except BlockingIOError:
                 break
+            except OSError:
+                if left:
+                    # Those have left: they must hear of it. The next call meets the same error.
+                    break
+                raise
             total += sent
             sent += self._sent_of_first
             while pieces and sent >= len(pieces[0][0]):

@@ -21,51 +21,41 @@ the timers: it calls `expire` at `next_deadline_ms`.
 import errno
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from operator import attrgetter
 
 from snapd.block.bio import Bio, BioOp
 from snapd.block.clock import Clock
 from snapd.block.errors import SnapdError
-from snapd.dmuser.message import ACCEPTED_FLAGS, ACCEPTED_OPS, Answer, Request
+from snapd.dmuser.admission import ANDROID_ADMISSION, Admission
+from snapd.dmuser.filter import Filter, Rule
+from snapd.dmuser.inflight import Channel, Group, Message
+from snapd.dmuser.message import Answer, Flag
 
 QUEUE_MESSAGES = 128
 QUEUE_PAYLOAD_BYTES = 8 << 20
+WAITING_BIOS = 1024
+"""So many bios may stand in line for room in the queue."""
 ATTACH_TIMEOUT_MS = 4000
 MAX_REPLAYS = 4
 """So often is one message given to another daemon; a message that ends every daemon must end itself."""
+SUSPECTS = 32
+"""So many of the oldest requests of a dead daemon may have ended it: it works in order, and answers so many at once.
+The others do not count as replayed, or a deep queue would not survive a few deaths in a row."""
 REPLAYED_OPS = frozenset({BioOp.READ, BioOp.WRITE, BioOp.FLUSH, BioOp.DISCARD, BioOp.WRITE_ZEROES})
 """Ops that may run twice (DMU-148)."""
 
-_ERRNO_OF_ANSWER = {int(Answer.SUCCESS): 0, int(Answer.UNSUPPORTED): errno.EOPNOTSUPP}
+_WRITE = BioOp.WRITE
 _by_number = attrgetter("seq")
-
-
-class Message:
-    """A bio on its way to the daemon and back.
-
-    `deadline_ms` is when it fails if still queued, None for never; `handed_ms` when the daemon got it.
-    """
-
-    __slots__ = ("bio", "deadline_ms", "handed_ms", "replays", "seq")
-
-    def __init__(self, seq: int, bio: Bio, deadline_ms: int | None) -> None:
-        self.seq = seq
-        self.bio = bio
-        self.deadline_ms = deadline_ms
-        self.handed_ms = 0
-        self.replays = 0
-
-    def header(self) -> bytes:
-        """The request as it goes over the wire."""
-        bio = self.bio
-        return Request(self.seq, bio.op, bio.flags, bio.sector, bio.length).pack()
 
 
 class Target:
     """One mapped target: a bounded queue, its channels, and the timers between them.
 
     Times are milliseconds. `restart_grace_ms` 0 is the kernel's behaviour: the last close fails everything;
-    `request_timeout_ms` 0 means that a daemon may think for ever (DMU-96).
+    `request_timeout_ms` 0 means that a daemon may think for ever (DMU-96). `unsupported_errno` is what the submitter
+    sees of an answer UNSUPPORTED (DMU-66). A `deferred` target calls no completion by itself, its owner does
+    with what is in `finished`.
     """
 
     def __init__(
@@ -75,25 +65,39 @@ class Target:
         attach_timeout_ms: int = ATTACH_TIMEOUT_MS,
         restart_grace_ms: int = 0,
         request_timeout_ms: int = 0,
+        admission: Admission = ANDROID_ADMISSION,
+        rules: Sequence[Rule] = (),
+        unsupported_errno: int = errno.EOPNOTSUPP,
+        deferred: bool = False,
     ) -> None:
         # Changeable at run time, like the kernel's parameter: what is queued keeps its deadline (DMU-108).
         self.attach_timeout_ms = attach_timeout_ms
+        self.admission = admission
+        self.deferred = deferred
+        self.destroyed = False
         self._clock = clock
         self._grace_ms = restart_grace_ms
         self._request_timeout_ms = request_timeout_ms
+        self._op_bits = admission.op_bits
+        self._other_flags = admission.other_flags
+        self._filter = Filter(rules) if rules else None
+        self._unsupported_errno = unsupported_errno
         self._queue: deque[Message] = deque()
         self._queued_payload_bytes = 0
+        self._has_timers = False
+        self._waiting: deque[Bio] = deque()
         self._next_seq = 0
         self._channels: list[Channel] = []
+        self._groups: dict[str, Group] = {}
         self._terminated = False
         self._grace_end_ms = 0
-        self.destroyed = False
-        self._finished: deque[tuple[Bio, int]] = deque()
+        self.finished: deque[tuple[Bio, int]] = deque()
+        """Completions collected and not called yet."""
         self._settling = False
 
     @property
     def state(self) -> str:
-        """`never`, `attached`, `terminated` or `destroyed` (section 6)."""
+        """`never`, `attached`, `terminated` or `destroyed` (DMU-86 to DMU-90)."""
         if self.destroyed:
             return "destroyed"
         if self._channels:
@@ -105,69 +109,117 @@ class Target:
         """Messages nobody has read yet."""
         return len(self._queue)
 
+    @property
+    def in_flight(self) -> int:
+        """Messages that daemons have begun to read and not answered."""
+        groups = {channel.group for channel in self._channels}
+        return sum(len(group.awaiting) for group in groups) + sum(channel.half_done for channel in self._channels)
+
+    @property
+    def channels(self) -> int:
+        """How many are open."""
+        return len(self._channels)
+
     def has_room(self, payload_bytes: int = 0) -> bool:
         """Whether a bio with so much WRITE payload may be submitted now (DMU-143, DMU-183)."""
-        if len(self._queue) >= QUEUE_MESSAGES:
+        if len(self._queue) >= QUEUE_MESSAGES or self._waiting:
             return False
         queued = self._queued_payload_bytes
         return not payload_bytes or not queued or queued + payload_bytes <= QUEUE_PAYLOAD_BYTES
 
+    def has_room_for(self, bio: Bio) -> bool:
+        """Whether this bio may be submitted now."""
+        if bio.op == _WRITE:
+            return self.has_room(bio.length)
+        return len(self._queue) < QUEUE_MESSAGES and not self._waiting
+
     def submit(self, bio: Bio) -> None:
-        """Accept a bio; it is completed later, never inside this call.
+        """Accept a bio; it is completed later, never inside this call unless a rule's handler does.
 
         Errors, after which the bio is the caller's again and took no number (DMU-13, DMU-14): EOPNOTSUPP for an
-        operation or a flag that is not in the protocol, EINVAL for data of another length than the bio's, EAGAIN
-        when there is no room, ENODEV after `destroy`.
+        operation or a flag that is not taken, EINVAL for data of another length than the bio's, EAGAIN when there is
+        no room, ENODEV after `destroy`, and what a rule refuses with.
         """
-        if bio.op not in ACCEPTED_OPS or bio.flags & ~ACCEPTED_FLAGS:
-            raise SnapdError(errno.EOPNOTSUPP, f"{bio.op.name} with flags {bio.flags:#x} has no dm-user message")
-        if bio.op <= BioOp.WRITE and (0 if bio.data is None else len(bio.data)) != bio.length:
-            raise SnapdError(errno.EINVAL, f"{bio.op.name} of {bio.length} bytes with memory of another length")
-        if self.destroyed:
-            raise SnapdError(errno.ENODEV, "the target is destroyed")
-        if not self.has_room(_payload_bytes(bio)):
+        if not self._is_for_daemon(bio):
+            return
+        if not self.has_room_for(bio):
             raise SnapdError(errno.EAGAIN, f"{len(self._queue)} messages are queued: full")
-        self._queue.append(Message(self._next_seq, bio, self._deadline_of_new()))
-        self._queued_payload_bytes += _payload_bytes(bio)
-        self._next_seq += 1
+        self._enqueue(bio)
 
-    def open(self) -> "Channel":
-        """A new channel: from now on nothing queued fails for want of a daemon. ENODEV after `destroy` (DMU-34)."""
+    def submit_all(self, bios: deque[Bio]) -> None:
+        """Accept from the front of `bios` as many as there is room for; one that is refused ends with its error.
+
+        What `submit` does, for a caller that has many of them and little time.
+        """
+        append, op_bits, other_flags = self._queue.append, self._op_bits, self._other_flags
+        is_plain = self._filter is None and not self.destroyed
+        deadline_ms = None if self._channels else self._deadline_of_new()
+        while bios and self.has_room_for(bios[0]):
+            bio = bios.popleft()
+            if not is_plain or bio.place < 0 or bio.flags & other_flags or not op_bits >> bio.op & 1:
+                try:
+                    if not self._is_for_daemon(bio):
+                        continue
+                except SnapdError as error:
+                    self.finished.append((bio, error.errno or errno.EIO))
+                    continue
+            append(Message(self._next_seq, bio, deadline_ms))
+            self._next_seq += 1
+            if bio.op == _WRITE:
+                self._queued_payload_bytes += bio.length
+            self._has_timers = self._has_timers or deadline_ms is not None
+        self.settle()
+
+    def submit_or_wait(self, bio: Bio) -> None:
+        """Like `submit`, but when there is no room the bio stands in line, served in order of arrival (DMU-143).
+
+        EAGAIN for a bio with NOWAIT that would have to wait, and when `WAITING_BIOS` wait already.
+        """
+        if not self._is_for_daemon(bio):
+            return
+        if self.has_room_for(bio):
+            self._enqueue(bio)
+        elif bio.flags & Flag.NOWAIT:
+            raise SnapdError(errno.EAGAIN, "the queue is full, and the bio may not wait")
+        elif len(self._waiting) >= WAITING_BIOS:
+            raise SnapdError(errno.EAGAIN, f"{len(self._waiting)} bios wait for the queue: full")
+        else:
+            self._waiting.append(bio)
+
+    def open(self, group: str = "") -> Channel:
+        """A new channel: from now on nothing queued fails for want of a daemon. ENXIO after `destroy` (DMU-34).
+
+        Channels that name the same `group` may answer for each other (DMU-147).
+        """
         if self.destroyed:
-            raise SnapdError(errno.ENODEV, "the target is destroyed")
+            raise SnapdError(errno.ENXIO, "the target is destroyed")
         if self._grace_ms:
             self._terminated = False
-        channel = Channel(self)
+        joined = self._groups.setdefault(group, Group(group)) if group else Group(group)
+        joined.channels += 1
+        channel = Channel(self, joined)
         self._channels.append(channel)
         return channel
 
     def expire(self) -> None:
         """Let the timers that are due do their work."""
-        now = self._clock.now_ms()
-        if self._channels:
-            for message in self._queue:
-                if message.deadline_ms is not None and message.deadline_ms <= now:
-                    # Spent: it must not make a later close overlook the message (DMU-94, DMU-113).
-                    message.deadline_ms = None
-            return
-        if any(message.deadline_ms is not None and message.deadline_ms <= now for message in self._queue):
-            waiting, self._queue = self._queue, deque()
-            for message in waiting:
-                if message.deadline_ms is not None and message.deadline_ms <= now:
-                    self._unqueued(message)
-                    self._finish(message, errno.EIO)
-                else:
-                    self._queue.append(message)
-        self._settle()
+        if self._has_timers:
+            self._run_timers(self._clock.now_ms())
+        self.settle()
 
     def next_deadline_ms(self) -> int | None:
         """When `expire` or `stuck_channel` will have something to say; None for never."""
-        deadlines = [message.deadline_ms for message in self._queue if message.deadline_ms is not None]
-        deadlines += [d for channel in self._channels if (d := self._answer_deadline_ms(channel)) is not None]
+        deadlines: list[int] = []
+        if self._request_timeout_ms:
+            deadlines += [d for channel in self._channels if (d := self._answer_deadline_ms(channel)) is not None]
+        if self._has_timers:
+            deadlines += [message.deadline_ms for message in self._queue if message.deadline_ms is not None]
         return min(deadlines, default=None)
 
-    def stuck_channel(self) -> "Channel | None":
+    def stuck_channel(self) -> Channel | None:
         """A channel that has kept a request for `request_timeout_ms`: its daemon must be killed (DMU-184)."""
+        if not self._request_timeout_ms:
+            return None
         now = self._clock.now_ms()
         for channel in self._channels:
             deadline = self._answer_deadline_ms(channel)
@@ -181,60 +233,139 @@ class Target:
         self._terminated = True
         self._grace_end_ms = self._clock.now_ms()
         self._fail_queue()
-        self._settle()
+        self.settle()
 
     def destroy(self) -> None:
         """Remove the target: the queue fails now, open channels may still answer what they read (DMU-106, DMU-107)."""
         self.destroyed = True
         self._fail_queue()
-        self._settle()
+        self.settle()
 
-    def _deadline_of_new(self) -> int | None:
-        if self._channels:
-            return None
-        now = self._clock.now_ms()
-        return max(now, self._grace_end_ms) if self._terminated else now + self.attach_timeout_ms
+    def settle(self) -> None:
+        """Call the completions that have been collected; does nothing for a `deferred` target."""
+        if self._settling or self.deferred:
+            # A completion called us; the loop below it goes on with what was added.
+            return
+        self._settling = True
+        finished = self.finished
+        try:
+            while finished:
+                bio, number = finished.popleft()
+                bio.on_complete(bio, number)
+        finally:
+            self._settling = False
 
-    def _answer_deadline_ms(self, channel: "Channel") -> int | None:
-        if not self._request_timeout_ms or (oldest := channel.oldest()) is None:
-            return None
-        return oldest.handed_ms + self._request_timeout_ms
+    # What follows is for the target's channels.
 
-    def _take(self) -> Message | None:
+    def hand_out(self, limit: int) -> list[Message]:
+        """Up to `limit` of the oldest queued messages, whose timers end here; none after `destroy` (DMU-57)."""
         if self.destroyed or not self._queue:
-            return None
-        message = self._queue.popleft()
-        self._unqueued(message)
-        message.deadline_ms = None
-        message.handed_ms = self._clock.now_ms()
-        return message
+            return []
+        now = self._clock.now_ms()
+        queue = self._queue
+        if limit >= len(queue):
+            messages = list(queue)
+            queue.clear()
+            self._queued_payload_bytes = 0
+            self._has_timers = False
+        else:
+            messages = [queue.popleft() for _ in range(limit)]
+            for message in messages:
+                self._unqueued(message)
+        for message in messages:
+            message.deadline_ms = None
+            message.handed_ms = now
+        if self._waiting:
+            self._admit_waiting()
+        return messages
 
-    def _leave(self, channel: "Channel", held: list[Message]) -> None:
-        """A channel is gone; `held` is what it had read and not answered."""
+    def queue_again(self, messages: list[Message]) -> None:
+        """Put messages back to where their numbers belong; `messages` are in the order of theirs."""
+        if messages:
+            self._queue = deque(heapq.merge(messages, self._queue, key=_by_number))
+            self._queued_payload_bytes += sum(m.bio.length for m in messages if m.bio.op == _WRITE)
+
+    def errno_of(self, code: int) -> int:
+        """What the submitter sees of an answer's code (DMU-64 to DMU-67)."""
+        if code == Answer.SUCCESS:
+            return 0
+        return self._unsupported_errno if code == Answer.UNSUPPORTED else errno.EIO
+
+    def leave(self, channel: Channel, held: list[Message]) -> None:
+        """A channel is gone; `held` is what it had read and nobody can answer any more."""
         self._channels.remove(channel)
+        if not channel.group.channels:
+            self._groups.pop(channel.group.name, None)
         again = []
-        for message in sorted(held, key=_by_number):
-            if self._may_replay(message):
-                message.replays += 1
-                self._queued_payload_bytes += _payload_bytes(message.bio)
+        for place, message in enumerate(sorted(held, key=_by_number)):
+            if self._may_replay(message, channel.group):
+                message.replays += place < SUSPECTS
                 again.append(message)
             else:
-                self._finish(message, errno.EIO)
-        if again:
-            self._queue = deque(heapq.merge(again, self._queue, key=_by_number))
+                self.finished.append((message.bio, errno.EIO))
+        self.queue_again(again)
         if not self.destroyed:
             self._terminated = self._terminated or channel.has_read
             if not self._channels:
                 self._last_close()
-        self._settle()
+        self.settle()
 
-    def _may_replay(self, message: Message) -> bool:
-        return (
-            self._grace_ms > 0
-            and not self.destroyed
-            and message.bio.op in REPLAYED_OPS
-            and message.replays < MAX_REPLAYS
-        )
+    def _is_for_daemon(self, bio: Bio) -> bool:
+        """Whether the bio becomes a message; raises when it is refused, False when a rule has taken it over."""
+        if not self._op_bits >> bio.op & 1 or bio.flags & self._other_flags:
+            self.admission.admit(bio)
+        if bio.place < 0 and bio.op <= _WRITE and (0 if bio.data is None else len(bio.data)) != bio.length:
+            raise SnapdError(errno.EINVAL, f"{bio.op.name} of {bio.length} bytes with memory of another length")
+        if self.destroyed:
+            raise SnapdError(errno.ENODEV, "the target is destroyed")
+        return self._filter is None or not self._filter.divert(bio)
+
+    def _enqueue(self, bio: Bio) -> None:
+        deadline_ms = None
+        if not self._channels:
+            deadline_ms = self._deadline_of_new()
+            self._has_timers = True
+        self._queue.append(Message(self._next_seq, bio, deadline_ms))
+        self._next_seq += 1
+        if bio.op == _WRITE:
+            self._queued_payload_bytes += bio.length
+
+    def _admit_waiting(self) -> None:
+        """Queue as many of the bios in line as there is room for, the first one first."""
+        waiting, self._waiting = self._waiting, deque()
+        while waiting and self.has_room_for(waiting[0]):
+            self._enqueue(waiting.popleft())
+        self._waiting = waiting
+
+    def _deadline_of_new(self) -> int:
+        now = self._clock.now_ms()
+        return max(now, self._grace_end_ms) if self._terminated else now + self.attach_timeout_ms
+
+    def _answer_deadline_ms(self, channel: Channel) -> int | None:
+        handed_ms = channel.oldest_handed_ms()
+        return None if handed_ms is None else handed_ms + self._request_timeout_ms
+
+    def _run_timers(self, now_ms: int) -> None:
+        unexpired: deque[Message] = deque()
+        for message in self._queue:
+            if message.deadline_ms is None or message.deadline_ms > now_ms:
+                unexpired.append(message)
+            elif self._channels:
+                # Spent: it must not make a later close overlook the message (DMU-94, DMU-113).
+                message.deadline_ms = None
+                unexpired.append(message)
+            else:
+                self._unqueued(message)
+                self.finished.append((message.bio, errno.EIO))
+        self._queue = unexpired
+        self._admit_waiting()
+        self._has_timers = any(message.deadline_ms is not None for message in self._queue)
+
+    def _may_replay(self, message: Message, group: Group) -> bool:
+        if self.destroyed or message.replays >= MAX_REPLAYS:
+            return False
+        # While the group lives, what a member leaves was never read whole, so it has not run even once.
+        return bool(group.channels) or (self._grace_ms > 0 and message.bio.op in REPLAYED_OPS)
 
     def _last_close(self) -> None:
         now = self._clock.now_ms()
@@ -243,114 +374,20 @@ class Target:
             for message in self._queue:
                 # Also those whose first timer is running or spent (DMU-100 to DMU-102).
                 message.deadline_ms = self._grace_end_ms
-            return
-        for message in self._queue:
-            if message.deadline_ms is None:
-                message.deadline_ms = now + self.attach_timeout_ms
+        else:
+            for message in self._queue:
+                if message.deadline_ms is None:
+                    message.deadline_ms = now + self.attach_timeout_ms
+        self._has_timers = bool(self._queue)
 
     def _unqueued(self, message: Message) -> None:
-        self._queued_payload_bytes -= _payload_bytes(message.bio)
+        if message.bio.op == _WRITE:
+            self._queued_payload_bytes -= message.bio.length
 
     def _fail_queue(self) -> None:
-        while self._queue:
-            message = self._queue.popleft()
-            self._unqueued(message)
-            self._finish(message, errno.EIO)
-
-    def _finish(self, message: Message, number: int) -> None:
-        self._finished.append((message.bio, number))
-
-    def _settle(self) -> None:
-        if self._settling:
-            # A completion called us; the loop below it goes on with what was added.
-            return
-        self._settling = True
-        try:
-            while self._finished:
-                bio, number = self._finished.popleft()
-                bio.on_complete(number)
-        finally:
-            self._settling = False
-
-
-class Channel:
-    """One open of the target's control node (DMU-2): what its daemon has read and not yet answered.
-
-    Invariant: only messages that were handed over whole can be answered, on this channel alone, once (DMU-39,
-    DMU-40, DMU-139).
-    """
-
-    def __init__(self, target: Target) -> None:
-        self.is_open = True
-        self.has_read = False
-        self._target = target
-        self._reading: deque[Message] = deque()
-        self._awaiting: dict[int, Message] = {}
-        self._answering: Message | None = None
-
-    @property
-    def ended(self) -> bool:
-        """The target is destroyed: no further request will come (DMU-57)."""
-        return self._target.destroyed
-
-    def oldest(self) -> Message | None:
-        """The message that has been with the daemon for the longest time."""
-        if self._answering is not None:
-            return self._answering
-        return next(iter(self._awaiting.values()), None) or (self._reading[0] if self._reading else None)
-
-    def take(self) -> Message | None:
-        """The oldest queued message, to be handed over now; None when there is none (DMU-43)."""
-        if not self.is_open:
-            return None
-        message = self._target._take()
-        if message is not None:
-            self.has_read = True
-            self._reading.append(message)
-        return message
-
-    def handed_over(self) -> None:
-        """The last byte of the message taken first has gone to the daemon (DMU-39)."""
-        message = self._reading.popleft()
-        self._awaiting[message.seq] = message
-
-    def answer(self, seq: int, code: int) -> Message | None:
-        """An answer's header has come; returns the message when READ data follows, which ends with `answered`.
-
-        Errors: EINVAL for a number this channel does not wait for; the channel is poisoned by it, that is closed
-        (DMU-69, DMU-71).
-        """
-        message = self._awaiting.pop(seq, None)
-        if message is None:
-            self.close()
-            raise SnapdError(errno.EINVAL, f"answer to request {seq}, which this channel is not waiting for (DMU-69)")
-        if code == Answer.SUCCESS and message.bio.op is BioOp.READ and message.bio.length:
-            self._answering = message
-            return message
-        self._target._finish(message, _ERRNO_OF_ANSWER.get(code, errno.EIO))
-        self._target._settle()
-        return None
-
-    def answered(self) -> None:
-        """All data of the answer begun last is in the bio's memory."""
-        message, self._answering = self._answering, None
-        assert message is not None
-        self._target._finish(message, 0)
-        self._target._settle()
-
-    def close(self) -> None:
-        """The daemon is gone; what it had not answered is replayed or fails (DMU-75, DMU-76, DMU-148)."""
-        if not self.is_open:
-            return
-        self.is_open = False
-        held = [*self._reading, *self._awaiting.values()]
-        if self._answering is not None:
-            held.append(self._answering)
-        self._reading.clear()
-        self._awaiting.clear()
-        self._answering = None
-        self._target._leave(self, held)
-
-
-def _payload_bytes(bio: Bio) -> int:
-    return bio.length if bio.op is BioOp.WRITE else 0
+        """The queue, and the line before it, leave the target at once; completions see neither (DMU-115)."""
+        self.finished.extend((message.bio, errno.EIO) for message in self._queue)
+        self.finished.extend((bio, errno.EIO) for bio in self._waiting)
+        self._queue.clear()
+        self._waiting.clear()
+        self._queued_payload_bytes = 0

@@ -8,12 +8,14 @@ import asyncio
 import logging
 
 from snapd.block.errors import SnapdError
-from snapd.manager.devicehost import DeviceHost, evict_hosts
+from snapd.manager.backends import BackEnds
+from snapd.manager.dmdevice import discard
+from snapd.manager.launch import adopt_device, start_device
 from snapd.manager.process import evict
-from snapd.manager.records import SnapshotRecord
+from snapd.manager.records import ExportRecord, SnapshotRecord
 from snapd.manager.registry import Registry
 from snapd.manager.resources import Resources
-from snapd.manager.states import SnapshotState
+from snapd.manager.states import DeviceState, SnapshotState
 
 _NEEDS_LOCKS = (SnapshotState.MERGING, SnapshotState.MERGED, SnapshotState.FAILED)
 
@@ -21,10 +23,11 @@ _log = logging.getLogger("snapd.manager")
 
 
 class Devices:
-    """Starts, adopts and stops device hosts; callers hold the update's lock."""
+    """Starts, adopts and stops the devices of snapshots; callers hold the update's lock."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, back_ends: BackEnds) -> None:
         self._registry = registry
+        self._back_ends = back_ends
 
     async def open(self, record: SnapshotRecord) -> Resources:
         """The snapshot's descriptors, opened and locked unless they are."""
@@ -43,24 +46,29 @@ class Devices:
             runtime.resources = None
         self._registry.paths.device(record.uuid).remove()
 
-    async def start(self, update_id: str, record: SnapshotRecord) -> None:
-        """Have a device that serves; one that has failed is replaced."""
+    async def start(self, update_id: str, record: SnapshotRecord) -> ExportRecord:
+        """Have a device that serves; one that has failed serves again. Returns the export as it turned out."""
         runtime = self._registry.runtime(record)
         if runtime.device is not None:
-            if not await runtime.device.has_failed():
-                return
-            await runtime.device.stop()
-            runtime.device = None
+            if (await runtime.device.report()).state is DeviceState.FAILED:
+                await runtime.device.renew()
+            return runtime.device.export
         resources = await self.open(record)
-        paths = self._registry.paths.device(record.uuid)
         try:
-            runtime.device = await DeviceHost.start(record, paths, resources, lambda: self._registry.notify(update_id))
+            runtime.device = await start_device(
+                record.device(update_id),
+                self._registry.paths.device(record.uuid),
+                resources.stores(),
+                self._back_ends,
+                lambda: self._registry.notify(update_id),
+            )
         except SnapdError:
             self.release(record)
             raise
+        return runtime.device.export
 
     async def stop(self, record: SnapshotRecord) -> None:
-        """Have no device."""
+        """Have no device; EBUSY, with nothing changed, when the kernel says that it is in use."""
         runtime = self._registry.runtime(record)
         if runtime.device is not None:
             await runtime.device.stop()
@@ -72,15 +80,18 @@ class Devices:
         runtime = self._registry.runtime(record)
         paths = self._registry.paths.device(record.uuid)
         await asyncio.to_thread(evict, paths.merger_fence)
-        adopted = await DeviceHost.adopt(record, paths, lambda: self._registry.notify(update_id))
+        adopted = await adopt_device(
+            record.device(update_id), paths, self._back_ends, lambda: self._registry.notify(update_id)
+        )
         if adopted is not None:
-            runtime.device, runtime.resources = adopted
+            runtime.device, stores = adopted
+            runtime.resources = Resources.adopt(stores)
             _log.info("adopted the device of %s/%s", update_id, record.id)
-        else:
-            await asyncio.to_thread(evict_hosts, paths)
         if record.state in _NEEDS_LOCKS:
             await self.open(record)
         if record.mapped:
             await self.start(update_id, record)
         else:
+            if adopted is None:
+                await discard(paths, self._back_ends.dm)
             await self.stop(record)

@@ -10,7 +10,8 @@ next start the records say what must run, and `_recover` makes it so. The order 
 | 3 | start or stop processes | the same | adopted, or started, or stopped |
 | 4 | tell watchers | – | – |
 
-Mapping swaps 2 and 3 (a device nobody was told of is stopped at the next start).
+Mapping swaps 2 and 3 (a device nobody was told of is stopped at the next start). Unmapping a device that the kernel
+does not let go of takes the record back.
 """
 
 import asyncio
@@ -24,14 +25,19 @@ from dataclasses import replace
 
 from snapd.block.errors import SnapdError
 from snapd.cow import claim
+from snapd.device.config import Route
+from snapd.manager.backends import BackEnds, ExportRequest
+from snapd.manager.catalog import Catalog
 from snapd.manager.confirm import release_undo
 from snapd.manager.devices import Devices
+from snapd.manager.dmsetup import DmSettings
 from snapd.manager.merges import Merges, failed
 from snapd.manager.records import SnapshotRecord, UpdateRecord, check_id
 from snapd.manager.registry import Registry
 from snapd.manager.resources import inspect
 from snapd.manager.states import ReadBack, SnapshotState, UpdateState, check_transition
 from snapd.manager.status import SnapshotStatus, UpdateStatus
+from snapd.manager.storedevices import StoreDevices
 
 _MAX_UPDATES = 1000
 _MAX_SNAPSHOTS = 64
@@ -42,16 +48,24 @@ _log = logging.getLogger("snapd.manager")
 class Manager:
     """Updates by id, snapshots by update and id. All methods run on one event loop; errors are `SnapdError`."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, back_ends: BackEnds) -> None:
         self._registry = registry
-        self._devices = Devices(registry)
+        self._back_ends = back_ends
+        self._devices = Devices(registry, back_ends)
         self._merges = Merges(registry)
+        self.store_devices = StoreDevices(registry, back_ends)
+        self.catalog = Catalog(registry, self.store_devices)
 
     @classmethod
-    async def open(cls, state_directory: str) -> "Manager":
+    async def open(cls, state_directory: str, dm: DmSettings | None = None) -> "Manager":
         """Take the state directory and bring everything it records back to life; EBUSY when a daemon serves it."""
-        manager = cls(await Registry.open(state_directory))
-        await asyncio.gather(*(manager._recover(update.id) for update in manager._registry.updates()))
+        manager = cls(await Registry.open(state_directory), await BackEnds.probe(dm or DmSettings()))
+        registry = manager._registry
+        await manager.store_devices.sweep()
+        await asyncio.gather(
+            *(manager._recover(update.id) for update in registry.updates()),
+            *(manager.store_devices.recover(device) for device in registry.devices()),
+        )
         manager._merges.start_waiting()
         return manager
 
@@ -62,6 +76,7 @@ class Manager:
         for runtime in self._registry.runtimes():
             if runtime.device is not None:
                 runtime.device.detach()
+        self.store_devices.detach()
         await self._registry.close()
 
     async def create_update(self, update_id: str) -> UpdateStatus:
@@ -107,29 +122,47 @@ class Manager:
             await self._registry.commit(replace(update, snapshots=(*update.snapshots, record)))
         return await self.snapshot_status(update_id, snapshot_id)
 
-    async def map_snapshot(self, update_id: str, snapshot_id: str) -> SnapshotStatus:
-        """Export the new image; returns when the device serves. A device that has failed is started anew."""
+    async def map_snapshot(
+        self, update_id: str, snapshot_id: str, request: ExportRequest | None = None
+    ) -> SnapshotStatus:
+        """Export the new image; returns when the device serves. A device that has failed is started anew.
+
+        Errors: those of `BackEnds.settle`; EBUSY when it is mapped already, with other settings.
+        """
+        request = request or ExportRequest()
         async with self._registry.lock(update_id):
             update = self._registry.update(update_id)
             record = update.snapshot(snapshot_id)
-            await self._devices.start(update_id, record)
+            if not record.mapped:
+                record = replace(record, export=self._back_ends.settle(request, Route.SNAPSHOT))
+            elif not request.is_met_by(record.export):
+                raise SnapdError(
+                    errno.EBUSY, f"snapshot {update_id}/{snapshot_id} is mapped with other settings: unmap it first"
+                )
+            export = await self._devices.start(update_id, record)
             if not record.mapped:
                 try:
                     sealed = UpdateState.SEALED if update.state is UpdateState.CREATED else update.state
-                    await self._registry.commit(replace(update, state=sealed).with_snapshot(snapshot_id, mapped=True))
+                    mapped = replace(update, state=sealed).with_snapshot(snapshot_id, mapped=True, export=export)
+                    await self._registry.commit(mapped)
                 except SnapdError:
                     await self._devices.stop(record)
                     raise
         return await self.snapshot_status(update_id, snapshot_id)
 
     async def unmap_snapshot(self, update_id: str, snapshot_id: str) -> SnapshotStatus:
-        """Take the export away; a merge goes on."""
+        """Take the export away; a merge goes on. EBUSY while the kernel says that the device is in use."""
         async with self._registry.lock(update_id):
-            update = self._registry.update(update_id)
-            if update.snapshot(snapshot_id).mapped:
-                update = update.with_snapshot(snapshot_id, mapped=False)
+            mapped = self._registry.update(update_id)
+            update = mapped.with_snapshot(snapshot_id, mapped=False)
+            if mapped.snapshot(snapshot_id).mapped:
                 await self._registry.commit(update)
-            await self._devices.stop(update.snapshot(snapshot_id))
+            try:
+                await self._devices.stop(update.snapshot(snapshot_id))
+            except SnapdError:
+                if mapped.snapshot(snapshot_id).mapped:
+                    await self._registry.commit(mapped)
+                raise
         return await self.snapshot_status(update_id, snapshot_id)
 
     async def start_merge(self, update_id: str) -> UpdateStatus:

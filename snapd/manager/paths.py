@@ -3,9 +3,11 @@
     STATE/lock                          held by the one daemon that serves this directory
     STATE/state.db                      the records (SQLite)
     STATE/reserve                       room for them when the file system is full
+    STATE/snapshots/UUID/extent-*.map   the extent map, which can be made again
     STATE/snapshots/UUID/undo/          undo.cow, undo.cow.digests, state: the way back, and the truth about a merge
-    RUN/devices/D/                      control.sock, nbd.sock; host.fence, worker.fence, merger.fence;
-                                        extent.map, shared.map: all of it can be made again
+    RUN/devices/D/                      control.sock, nbd.sock, dm-user.sock; host.fence, worker.fence, standby.fence,
+                                        merger.fence; shared.map; loop/, loop.json; dm.json: all of it can be made
+                                        again
 
 RUN is STATE/run, or a directory of its own where a socket path below STATE would exceed the kernel's limit.
 """
@@ -25,17 +27,19 @@ _LONGEST_SOCKET = "/devices/0123456789ab/control.sock"
 
 
 class DevicePaths:
-    """The run directory of one snapshot's device and merger."""
+    """The run directory of one device, and of the merger of its snapshot."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.control = str(directory / "control.sock")
         self.nbd = str(directory / "nbd.sock")
         self.host_fence = str(directory / "host.fence")
+        self.daemon = str(directory / "dm-user.sock")
         self.worker_fence = str(directory / "worker.fence")
+        self.standby_fence = str(directory / "standby.fence")
         self.merger_fence = str(directory / "merger.fence")
-        self.extent_map = str(directory / "extent.map")
         self.shared_map = str(directory / "shared.map")
+        self.dm_state = str(directory / "dm.json")
 
     def remove(self) -> None:
         """Remove the directory and what is in it; nobody uses any of it any more."""
@@ -54,15 +58,24 @@ class ServicePaths:
         self.run = _run_directory(self.state)
         _private_directory(self.run)
 
+    def snapshot(self, uuid: str) -> Path:
+        """The state directory of a snapshot."""
+        return self.state / "snapshots" / uuid
+
     def undo(self, uuid: str) -> Path:
         """The undo directory of a snapshot."""
-        return self.state / "snapshots" / uuid / "undo"
+        return self.snapshot(uuid) / "undo"
 
     def device(self, uuid: str) -> DevicePaths:
-        """The run directory of a snapshot, which is created when absent."""
+        """The run directory of a snapshot or a device, which is created when absent."""
         paths = DevicePaths(self.run / "devices" / device_id(uuid))
         _private_directory(paths.directory)
         return paths
+
+    def devices(self) -> list[DevicePaths]:
+        """The run directories that there are."""
+        directory = self.run / "devices"
+        return [DevicePaths(path) for path in sorted(directory.iterdir())] if directory.is_dir() else []
 
 
 def device_id(uuid: str) -> str:

@@ -99,18 +99,21 @@ class Watch:
         self._pidfd = pidfd
         self._child = child
         self._loop = asyncio.get_running_loop()
-        self._exited: asyncio.Future[None] = self._loop.create_future()
+        self._exited: asyncio.Future[int] = self._loop.create_future()
         self._loop.add_reader(pidfd, self._on_exit)
 
-    async def exited(self) -> None:
-        """Return when the process has exited; for any number of waiters, and safe to cancel."""
-        await asyncio.shield(self._exited)
+    async def exited(self) -> int:
+        """Return when the process has exited; for any number of waiters, and safe to cancel.
 
-    def kill(self) -> None:
-        """SIGKILL; harmless when it has exited."""
+        The status is as a shell's (128 + signal), 0 for one that is not our child.
+        """
+        return await asyncio.shield(self._exited)
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal; harmless when it has exited."""
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def detach(self) -> None:
         """Stop watching, and leave the process alone."""
@@ -120,12 +123,15 @@ class Watch:
             self._pidfd = -1
 
     def _on_exit(self) -> None:
+        result = None
         if self._child:
             with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+                result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         self.detach()
         if not self._exited.done():
-            self._exited.set_result(None)
+            normal = result is None or result.si_code == os.CLD_EXITED
+            status = 0 if result is None else result.si_status
+            self._exited.set_result(status if normal else 128 + status)
 
 
 class ControlConnection:

@@ -1,7 +1,7 @@
-"""All updates of a state directory: their records, what runs for them, who is changing and who is watching them.
+"""All records of a state directory: what runs for updates, who is changing and who is watching them.
 
 Invariant: `commit` returns when the record is durable, and only then anybody sees it (UNDO-8). Whoever changes an
-update holds its lock; whoever makes one holds `creation`.
+update or a store's device holds its lock; whoever makes an update holds `creation`.
 """
 
 import asyncio
@@ -17,7 +17,8 @@ from typing import TypeVar
 from snapd.block.errors import SnapdError
 from snapd.manager.database import Database
 from snapd.manager.paths import ServicePaths
-from snapd.manager.records import SnapshotRecord, UpdateRecord
+from snapd.manager.paths import device_id as id_of_uuid
+from snapd.manager.records import DeviceRecord, SnapshotRecord, UpdateRecord
 from snapd.manager.reserve import Reserve
 from snapd.manager.runtime import Runtime
 
@@ -41,10 +42,12 @@ class Registry:
         # SQLite flushes: the loop must not wait for the disk.
         self._database_thread = database_thread
         self._updates: dict[str, UpdateRecord] = {}
+        self._devices: dict[str, DeviceRecord] = {}
         self._runtimes: dict[str, Runtime] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._device_locks: dict[str, asyncio.Lock] = {}
         self._watchers: dict[str, set[asyncio.Event]] = {}
-        self._closing = False
+        self.closing = asyncio.Event()
 
     @classmethod
     async def open(cls, state_directory: str) -> "Registry":
@@ -63,9 +66,14 @@ class Registry:
         except sqlite3.Error as error:
             os.close(lock_fd)
             raise SnapdError(errno.EIO, f"open {paths.database}: {error}") from error
+        except SnapdError:
+            os.close(lock_fd)
+            raise
         registry = cls(paths, lock_fd, database, thread)
         for update in await registry._in_database(database.load):
             registry._updates[update.id] = update
+        for device in await registry._in_database(database.load_devices):
+            registry._devices[device.id] = device
         return registry
 
     async def close(self) -> None:
@@ -91,6 +99,22 @@ class Registry:
             raise SnapdError(errno.ENODEV, f"there is no update {update_id}")
         return update
 
+    def devices(self) -> list[DeviceRecord]:
+        """The records of the devices of stores."""
+        return list(self._devices.values())
+
+    def has_device(self, device_id: str) -> bool:
+        """Whether the id is taken, by a store's device or by that of a snapshot, mapped or not."""
+        snapshots = (s for update in self._updates.values() for s in update.snapshots)
+        return device_id in self._devices or any(id_of_uuid(s.uuid) == device_id for s in snapshots)
+
+    def device(self, device_id: str) -> DeviceRecord:
+        """The record of a store's device as it is durable now; ENODEV when there is none."""
+        device = self._devices.get(device_id)
+        if device is None:
+            raise SnapdError(errno.ENODEV, f"there is no device {device_id} of a store")
+        return device
+
     def runtime(self, record: SnapshotRecord) -> Runtime:
         """What runs for a snapshot in this daemon."""
         return self._runtimes.setdefault(record.uuid, Runtime())
@@ -104,11 +128,25 @@ class Registry:
         self.update(update_id)
         return self._locks.setdefault(update_id, asyncio.Lock())
 
+    def device_lock(self, device_id: str) -> asyncio.Lock:
+        """Held by whoever makes, changes or deletes the device of a store."""
+        return self._device_locks.setdefault(device_id, asyncio.Lock())
+
     async def commit(self, update: UpdateRecord) -> None:
         """Make the record durable, then current, then known; ENOSPC or EIO with nothing changed."""
         await self._in_database(lambda: self._database.save(update))
         self._updates[update.id] = update
         self.notify(update.id)
+
+    async def commit_device(self, device: DeviceRecord) -> None:
+        """Make the record of a store's device durable, then current; ENOSPC or EIO with nothing changed."""
+        await self._in_database(lambda: self._database.save_device(device))
+        self._devices[device.id] = device
+
+    async def forget_device(self, device_id: str) -> None:
+        """Delete the record of a store's device; ENOSPC or EIO with nothing changed."""
+        await self._in_database(lambda: self._database.delete_device(device_id))
+        del self._devices[device_id]
 
     async def commit_at_last(self, update: UpdateRecord) -> None:
         """Commit what has happened already; when that fails, wait ever longer for somebody to mend it."""
@@ -132,7 +170,7 @@ class Registry:
         watchers = self._watchers.setdefault(update_id, set())
         watchers.add(changed)
         try:
-            while not self._closing:
+            while not self.closing.is_set():
                 changed.clear()
                 yield
                 await changed.wait()
@@ -141,7 +179,7 @@ class Registry:
 
     def stop_watching(self) -> None:
         """End every `watch`: the daemon is about to stop."""
-        self._closing = True
+        self.closing.set()
         for update_id in self._watchers:
             self.notify(update_id)
 

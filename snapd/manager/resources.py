@@ -7,7 +7,7 @@ restarted daemon that finds the device host alive takes them back from it and ne
 import contextlib
 import errno
 import os
-import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -19,13 +19,13 @@ from snapd.cow.digests import load_digests
 from snapd.cow.history import holds_new_image
 from snapd.cow.image.extentmap import ExtentMap
 from snapd.cow.parse.reader import CowFile
-from snapd.manager.paths import DevicePaths, ServicePaths
+from snapd.manager.keptmap import KeptMap
+from snapd.manager.paths import ServicePaths
 from snapd.manager.records import SnapshotRecord
 from snapd.manager.states import SnapshotState
 from snapd.merge.sharedmap import SharedMap
 from snapd.merge.undodir import UndoDirectory
 from snapd.merge.views import restore_shared_map
-from snapd.proc import control
 
 _GENERATION = 1
 
@@ -88,17 +88,18 @@ class Resources:
                     f" created and will have {record.new_size_bytes}",
                     reason="BASE_SIZE_CHANGED",
                 )
-            cow = CowFile.parse(file_store(cow_fd, record.cow_path))
             # After the confirmation the base alone is the image.
             merged = record.state is SnapshotState.CONFIRMED
-            extent_map = cow.extent_map(
-                record.old_size_bytes,
-                record.new_size_bytes,
-                merged=merged,
-                digests=load_digests(record.cow_path, cow),
-            )
-            extent_map_fd = _create(paths.extent_map, stack)
-            extent_map.save(extent_map_fd)
+
+            def parse() -> ExtentMap:
+                cow = CowFile.parse(file_store(cow_fd, record.cow_path))
+                digests = load_digests(record.cow_path, cow)
+                return cow.extent_map(record.old_size_bytes, record.new_size_bytes, merged=merged, digests=digests)
+
+            sizes = record.old_size_bytes, record.new_size_bytes
+            kept = KeptMap(service.snapshot(record.uuid), cow_fd, record.cow_path, *sizes, merged)
+            extent_map_fd, extent_map = kept.open(parse)
+            stack.callback(os.close, extent_map_fd)
             shared_map_fd = _create(paths.shared_map, stack)
             shared = SharedMap.create(shared_map_fd, extent_map, UUID(record.uuid), _GENERATION)
             undo_fd = _open_undo(service, record.uuid, stack)
@@ -106,40 +107,25 @@ class Resources:
             stack.pop_all()
             return cls(cow_fd, base_fd, extent_map_fd, shared_map_fd, undo_fd)
 
+    @classmethod
+    def adopt(cls, given: Mapping[str, int]) -> "Resources":
+        """What a running device was given, by name."""
+        return cls(*(given[name] for name in ("cow", "base", "extent_map", "shared_map", "undo_directory")))
+
+    def stores(self) -> dict[str, int]:
+        """What a device is given, by name."""
+        return {
+            "base": self.base_fd,
+            "cow": self.cow_fd,
+            "extent_map": self.extent_map_fd,
+            "shared_map": self.shared_map_fd,
+            "undo_directory": self.undo_fd,
+        }
+
     def close(self) -> None:
         """Close our copies; the locks stay while a child holds its own."""
         for fd in (self.cow_fd, self.base_fd, self.extent_map_fd, self.shared_map_fd, self.undo_fd):
             os.close(fd)
-
-
-@dataclass(slots=True)
-class Listeners:
-    """The sockets of one device host, held by the daemon too, so that a restarted host answers at the same place."""
-
-    nbd: socket.socket
-    control: socket.socket
-
-    @classmethod
-    def create(cls, paths: DevicePaths) -> "Listeners":
-        """Bind both, mode 0600."""
-        nbd = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(paths.nbd)
-            nbd.bind(paths.nbd)
-            os.chmod(paths.nbd, 0o600)
-            nbd.listen(64)
-            return cls(nbd, control.listen(paths.control))
-        except OSError as error:
-            nbd.close()
-            raise SnapdError.from_os(error, f"listen at {paths.nbd}") from error
-
-    def close(self, paths: DevicePaths) -> None:
-        """Close both and remove their names."""
-        for listener, path in ((self.nbd, paths.nbd), (self.control, paths.control)):
-            listener.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
 
 
 def _open_pair(base_path: str, cow_path: str, stack: contextlib.ExitStack) -> tuple[int, int]:

@@ -1,10 +1,10 @@
-"""What runs for one snapshot in this daemon: its descriptors, its device host, its merger."""
+"""What runs for one snapshot in this daemon: its descriptors, its device, its merger."""
 
 from dataclasses import dataclass
 
-from snapd.manager.devicehost import DeviceHost
+from snapd.manager.devicereport import FAILED, Device
 from snapd.manager.merger import MergerProcess
-from snapd.manager.paths import ServicePaths, device_id
+from snapd.manager.paths import ServicePaths
 from snapd.manager.records import SnapshotRecord
 from snapd.manager.resources import Resources
 from snapd.manager.states import SnapshotState
@@ -16,7 +16,7 @@ class Runtime:
     """Empty for a snapshot that is neither mapped nor merging."""
 
     resources: Resources | None = None
-    device: DeviceHost | None = None
+    device: Device | None = None
     merger: MergerProcess | None = None
     merged_bytes: int = 0
 
@@ -29,25 +29,14 @@ class Runtime:
             undo_path=str(undo) if undo.exists() else "",
             merged_bytes=self._merged_bytes(record),
             merger_pid=self.merger.pid if self.merger is not None else 0,
-            device=await self._device_status(record),
+            device=await self.device_status(update_id, record),
         )
 
-    async def _device_status(self, record: SnapshotRecord) -> DeviceStatus | None:
-        if self.device is None:
-            if not record.mapped:
-                return None
-            # Promised, but not there: its files could not be opened after a restart.
-            return DeviceStatus(device_id(record.uuid), "FAILED", "", 0, 0, 0, 0)
-        said = await self.device.status()
-        return DeviceStatus(
-            id=device_id(record.uuid),
-            state="FAILED" if said.get("state") == "CRASH_LOOP" else self.device.state,
-            nbd_uri=self.device.nbd_uri,
-            host_pid=self.device.pid,
-            worker_pid=int(said.get("worker_pid") or 0),
-            worker_restarts=int(said.get("worker_restarts", 0)),
-            host_restarts=self.device.restarts,
-        )
+    async def device_status(self, update_id: str, record: SnapshotRecord) -> DeviceStatus | None:
+        """The snapshot's device as it is now; None while it is not mapped."""
+        if self.device is None and not record.mapped:
+            return None
+        return DeviceStatus(record.device(update_id), FAILED if self.device is None else await self.device.report())
 
     def _merged_bytes(self, record: SnapshotRecord) -> int:
         if record.state in (SnapshotState.MERGED, SnapshotState.CONFIRMED):

@@ -1,4 +1,4 @@
-"""The states of updates and snapshots, and the arrows between them (docs/architecture.md, "States").
+"""The states of updates, snapshots and devices, and the arrows between them (docs/architecture.md, "States").
 
 Invariant: a state is written to the database before anybody is told of it (UNDO-8); `check_transition` refuses
 every arrow that is not in the table.
@@ -36,6 +36,14 @@ class ReadBack(StrEnum):
 
     PENDING = "PENDING"
     OK = "OK"
+    FAILED = "FAILED"
+
+
+class DeviceState(StrEnum):
+    """Whether a device answers; a FAILED one fails every request until it is started anew."""
+
+    SERVING = "SERVING"
+    RESTARTING = "RESTARTING"
     FAILED = "FAILED"
 
 

@@ -2,20 +2,16 @@
 
 from dataclasses import dataclass
 
-from snapd.manager.records import SnapshotRecord, UpdateRecord
+from snapd.manager.devicereport import DeviceReport
+from snapd.manager.records import DeviceRecord, SnapshotRecord, UpdateRecord
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatus:
-    """A mapped device: `state` is SERVING, RESTARTING or FAILED; a pid is 0 while its process is being replaced."""
+    """One device: its record, and what it says of itself."""
 
-    id: str
-    state: str
-    nbd_uri: str
-    host_pid: int
-    worker_pid: int
-    worker_restarts: int
-    host_restarts: int
+    record: DeviceRecord
+    report: DeviceReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,15 @@ Workers read through this module: nothing here imports numpy.
 
 import errno
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from snapd.block.errors import SnapdError
 from snapd.block.store import Readable, Store, WritableBuffer
 from snapd.cow.image.extentmap import ExtentMap
 from snapd.merge.sharedmap import SharedMap
-from snapd.merge.undostore import UndoStore
+
+if TYPE_CHECKING:
+    from snapd.merge.undostore import UndoStore
 
 UNDO_NAME = "undo.cow"
 """The undo store's name in its directory."""
@@ -28,7 +31,7 @@ class OldImage:
     it is first above zero. Not for use by two threads at once.
     """
 
-    def __init__(self, base: Readable, published: Callable[[], int], open_undo: Callable[[], UndoStore]) -> None:
+    def __init__(self, base: Readable, published: Callable[[], int], open_undo: "Callable[[], UndoStore]") -> None:
         self._base = base
         self._published = published
         self._open_undo = open_undo
@@ -50,7 +53,7 @@ class OldImage:
         if count_after != count and (undo := self._loaded(count_after)) is not None:
             self._fill(out, offset, undo, from_base=False)
 
-    def _loaded(self, count: int) -> UndoStore | None:
+    def _loaded(self, count: int) -> "UndoStore | None":
         """The undo store with at least `count` ops loaded; None while there is nothing in it."""
         if self._undo is None:
             if not count:
@@ -59,7 +62,7 @@ class OldImage:
         self._undo.load(count)
         return self._undo
 
-    def _fill(self, out: memoryview, offset: int, undo: UndoStore, *, from_base: bool) -> None:
+    def _fill(self, out: memoryview, offset: int, undo: "UndoStore", *, from_base: bool) -> None:
         """Read the saved runs from U and, if asked to, the runs between them from the base."""
         block_size = undo.header.block_size
         start, end = offset, offset + len(out)
@@ -85,7 +88,10 @@ class OldView(OldImage):
     """The old view of a mapped snapshot, as its worker reads it: U lies in the undo directory."""
 
     def __init__(self, base: Store, undo_directory_fd: int, shared: SharedMap, extent_map: ExtentMap) -> None:
-        def open_undo() -> UndoStore:
+        def open_undo() -> "UndoStore":
+            # Before a merge a worker has no use for it, and it takes a while to load.
+            from snapd.merge.undostore import UndoStore
+
             return UndoStore.open(UNDO_NAME, dir_fd=undo_directory_fd, targets=extent_map)
 
         super().__init__(base, lambda: shared.undo_op_count, open_undo)

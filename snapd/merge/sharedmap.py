@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 from snapd.block.errors import SnapdError
 from snapd.block.extent import Extent
-from snapd.cow.image.extentmap import ExtentMap
+from snapd.cow.image.extentmap import UNCHANGED, ExtentMap
 
 _MAGIC = b"SNAPDSHM"
 _HEAD = struct.Struct("<8sQQQ16s16x")
@@ -63,9 +63,13 @@ class SharedMap:
     @classmethod
     def create(cls, fd: int, extent_map: ExtentMap, snapshot: uuid.UUID, generation: int) -> "SharedMap":
         """Fill the empty file `fd` for a merge that has not begun."""
-        states = bytearray(extent_map.block_count)
-        for extent in extent_map.changed_extents(0, extent_map.block_count):
-            states[extent.start : extent.end] = _PENDING_BYTE * extent.length
+        # Here, not above: workers and device hosts use shared maps, and never make one.
+        import numpy as np
+
+        kinds = np.frombuffer(extent_map.whats, dtype=np.uint64) >> np.uint64(60)
+        run_states = np.where(kinds == UNCHANGED, UNTOUCHED, PENDING).astype(np.uint8)
+        starts = np.frombuffer(extent_map.starts, dtype=np.uint32).astype(np.int64)
+        states = np.repeat(run_states, starts[1:] - starts[:-1]).tobytes()
         head = _HEAD.pack(_MAGIC, generation, 0, extent_map.block_count, snapshot.bytes)
         with os.fdopen(os.dup(fd), "wb") as file:
             file.write(head + states)

@@ -67,13 +67,7 @@ class UndoStore:
         # Where the last whole op ended, and whether damaged ones follow it.
         self._end = 0
         self._damaged_tail = False
-        self._units = UnitReader(
-            store,
-            Decoder(Compression.LZ4, version=3),
-            block_size=self.header.block_size,
-            max_unit=self.header.max_unit,
-            check=self._check_unit,
-        )
+        self._units = UnitReader(store, Decoder(Compression.LZ4, version=3), check=self._check_unit)
 
     @classmethod
     def open(cls, path: str, *, dir_fd: int | None = None, targets: ExtentMap | None = None) -> "UndoStore":
@@ -161,8 +155,10 @@ class UndoStore:
             if op.type is OpType.ZERO:
                 out[at : at + length] = bytes(length)
             else:
-                unit = self._units.cached(index) or self._units.read(index, op, op.source)
-                out[at : at + length] = memoryview(unit)[within : within + length]
+                unit = self._units.cached(index)
+                if unit is None:
+                    unit = self._units.read(index, op.source, op.data_length, op.blocks * block_size)
+                out[at : at + length] = unit[within : within + length]
             at += length
 
     def _op_of(self, block: int) -> tuple[int, Op]:

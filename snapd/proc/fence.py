@@ -34,18 +34,28 @@ def hold(fd: int) -> None:
     record(fd, os.getpid())
 
 
-def evict(fd: int, timeout_ms: int = 0) -> bool:
-    """SIGKILL the holder, if there is one, and wait for its exit; False when it still lives after `timeout_ms`."""
+def holder(fd: int) -> tuple[int, int] | None:
+    """Pid and a new pidfd of the process that the fence names; None when nobody ever held it, or the holder is gone."""
     try:
         identity = json.loads(os.pread(fd, _IDENTITY_BYTES, 0))
-        pidfd = os.pidfd_open(identity["pid"])
+        pid, start_time = int(identity["pid"]), identity["start_time"]
+        pidfd = os.pidfd_open(pid)
     except (ValueError, KeyError, TypeError, OSError):
-        # Nobody ever held it, or the holder is long gone.
+        return None
+    # The pidfd pins the process, so its start time cannot change after this check.
+    if _start_time(pid) != start_time:
+        os.close(pidfd)
+        return None
+    return pid, pidfd
+
+
+def evict(fd: int, timeout_ms: int = 0) -> bool:
+    """SIGKILL the holder, if there is one, and wait for its exit; False when it still lives after `timeout_ms`."""
+    found = holder(fd)
+    if found is None:
         return True
+    _, pidfd = found
     try:
-        # The pidfd pins the process, so its start time cannot change between this check and the kill.
-        if _start_time(identity["pid"]) != identity["start_time"]:
-            return True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         poll = select.poll()

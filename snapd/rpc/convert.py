@@ -1,7 +1,8 @@
 """From the manager's answers to the messages of the API."""
 
 from snapd.api.v1 import snapshots_pb2, updates_pb2
-from snapd.manager.status import DeviceStatus, SnapshotStatus, UpdateStatus
+from snapd.manager.status import SnapshotStatus, UpdateStatus
+from snapd.rpc.convertdevice import device_message
 from snapd.rpc.names import snapshot_name, update_name
 
 
@@ -37,17 +38,5 @@ def snapshot_message(status: SnapshotStatus) -> snapshots_pb2.Snapshot:
         read_back=snapshots_pb2.ReadBack.Value(f"READ_BACK_{record.read_back}"),
         failure=record.failure,
         merger_pid=status.merger_pid,
-        device=None if status.device is None else _device_message(status.device),
-    )
-
-
-def _device_message(status: DeviceStatus) -> snapshots_pb2.Device:
-    return snapshots_pb2.Device(
-        name=f"devices/{status.id}",
-        state=snapshots_pb2.DeviceState.Value(f"DEVICE_STATE_{status.state}"),
-        nbd_uri=status.nbd_uri,
-        host_pid=status.host_pid,
-        worker_pid=status.worker_pid,
-        worker_restarts=status.worker_restarts,
-        host_restarts=status.host_restarts,
+        device=None if status.device is None else device_message(status.device),
     )

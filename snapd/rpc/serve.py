@@ -14,15 +14,23 @@ import typer
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from snapd.api.v1 import snapshots_pb2, snapshots_pb2_grpc, updates_pb2, updates_pb2_grpc
+from snapd.api.v1 import (
+    devices_pb2,
+    devices_pb2_grpc,
+    snapshots_pb2,
+    snapshots_pb2_grpc,
+    updates_pb2,
+    updates_pb2_grpc,
+)
 from snapd.block.errors import SnapdError
 from snapd.manager.manager import Manager
-from snapd.rpc.services import SnapshotsService, UpdatesService
+from snapd.rpc.services import DevicesService, SnapshotsService, UpdatesService
 from snapd.rpc.settings import Settings
 
 _SERVICES = (
     updates_pb2.DESCRIPTOR.services_by_name["Updates"].full_name,
     snapshots_pb2.DESCRIPTOR.services_by_name["Snapshots"].full_name,
+    devices_pb2.DESCRIPTOR.services_by_name["Devices"].full_name,
 )
 _STOP_GRACE_S = 2.0
 _MAX_RPCS = 200
@@ -41,6 +49,7 @@ async def serve(settings: Settings) -> None:
         server = grpc.aio.server(maximum_concurrent_rpcs=_MAX_RPCS)
         updates_pb2_grpc.add_UpdatesServicer_to_server(UpdatesService(manager), server)
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(manager), server)
+        devices_pb2_grpc.add_DevicesServicer_to_server(DevicesService(manager), server)
         checks = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

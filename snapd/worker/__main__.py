@@ -1,42 +1,43 @@
-"""`python -I -m snapd.worker`: serve the new view of one snapshot on one channel.
+"""`python -m snapd.worker`: answer a device's requests on one channel or several, until they end.
 
-Inherited descriptors: 3 channel, 4 COW, 5 base, 6 extent map, 7 shared map, 8 undo directory, 9 fence. Exits 0 when the
-channel ends.
+Exits 0 when the channel ended between two messages, or after SIGTERM when what was received is answered; 1 with one
+line on standard error when it could not start, or the channel broke; 2 for a wrong command line.
 """
 
 import sys
+from collections.abc import Sequence
 
 from snapd.block.clock import SystemClock
 from snapd.block.errors import SnapdError
-from snapd.block.file import file_store
-from snapd.cow.image.extentmap import ExtentMap
-from snapd.cow.image.view import CowView
-from snapd.dmuser.client import ChannelClient
-from snapd.merge.oldview import OldView
-from snapd.merge.sharedmap import SharedMap
 from snapd.proc import fence
-from snapd.proc.child import FIRST_FD
 from snapd.proc.log import Log
-from snapd.worker.serve import ReadService
+from snapd.worker.arguments import parse_arguments
+from snapd.worker.channels import open_channels
+from snapd.worker.crew import hold_signals, run_crew
+from snapd.worker.start import make_services
 
-CHANNEL_FD, COW_FD, BASE_FD, EXTENT_MAP_FD, SHARED_MAP_FD, UNDO_DIRECTORY_FD, FENCE_FD = range(FIRST_FD, FIRST_FD + 7)
 
-
-def main() -> int:
-    # Before anything is read or answered: a predecessor that still lives could answer too (DMU-185).
-    fence.hold(FENCE_FD)
+def main(arguments: Sequence[str]) -> int:
+    parsed = parse_arguments(arguments)
     log = Log("ota-snapd worker", SystemClock())
     try:
-        extent_map = ExtentMap.load(EXTENT_MAP_FD)
-        base = file_store(BASE_FD, "the base")
-        old_view = OldView(base, UNDO_DIRECTORY_FD, SharedMap(SHARED_MAP_FD), extent_map)
-        view = CowView(extent_map, file_store(COW_FD, "the COW"), source=old_view, base=base)
-        ReadService(ChannelClient(CHANNEL_FD), view, log).run()
+        if not parsed.inherited:
+            # Not at the top: it is of no use to a worker that a service starts.
+            from snapd.worker.byhand import become_inheriting
+
+            become_inheriting(parsed)
+        # First: a node that is open keeps its requests, also while the last worker ends (DMU-78, DMU-189).
+        channels = open_channels(parsed)
+        # Before anything is read or answered: a predecessor that still lives could answer too (DMU-185).
+        if "fence" in parsed.inherited:
+            fence.hold(parsed.inherited["fence"])
+        hold_signals()
+        services = make_services(parsed, channels, log)
     except SnapdError as error:
         log.line(str(error))
         return 1
-    return 0
+    return 0 if run_crew(services, log) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,17 +1,11 @@
-"""The data that the figures of COW files are measured on, made once and kept between runs.
+"""The data that the figures of COW files are measured on, about 2 GB, made once and kept (`benchcache`)."""
 
-It lies in `$XDG_CACHE_HOME/ota-snapd-bench` (else `~/.cache/ota-snapd-bench`), about 2 GB. Whatever made it is part of
-its stamp, so another generator makes it anew; to be rid of it, delete the directory.
-"""
-
-import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import benchcache
 import images
 import numpy as np
-import xxhash
 
 from snapd.cow.compress import CompressOption, Encoder
 from snapd.cow.format import BLOCK_SIZE, OpType
@@ -33,6 +27,18 @@ class _Kind(NamedTuple):
     share: float
 
 
+class UsedBlocks:
+    """The blocks of an image that are not zero, in a row."""
+
+    def __init__(self, image: Path) -> None:
+        self._blocks = np.memmap(image, dtype=np.uint64, mode="r").reshape(-1, BLOCK_SIZE // 8)
+        self.numbers = np.flatnonzero(self._blocks.any(axis=1))
+
+    def read(self, first: int, count: int) -> bytes:
+        """`count` of them from the one with index `first` on."""
+        return self._blocks[self.numbers[first : first + count]].tobytes()
+
+
 class BenchData:
     """Paths of everything, which exist from the start.
 
@@ -42,39 +48,27 @@ class BenchData:
     """
 
     def __init__(self) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.directory = cache / "ota-snapd-bench"
+        self.directory = benchcache.kept("cow", (images.__file__, __file__), _make)
         self.old, self.new = self.directory / "old.img", self.directory / "new.img"
         self.content, self.nothing = self.directory / "content.img", self.directory / "nothing.img"
         self.ascending, self.shuffled = self.directory / "ascending.cow", self.directory / "shuffled.cow"
-        stamp = self.directory / "stamp"
-        made_by = xxhash.xxh3_64_hexdigest(Path(images.__file__).read_bytes() + Path(__file__).read_bytes())
-        if not stamp.exists() or stamp.read_text() != made_by:
-            self._make()
-            stamp.write_text(made_by)
 
     def warm(self) -> None:
-        """Read all of it once, so that nothing measured waits for a disk."""
-        piece = bytearray(1 << 20)
-        for path in (self.old, self.new, self.content, self.ascending, self.shuffled):
-            with open(path, "rb", buffering=0) as file:
-                while file.readinto(piece):
-                    pass
+        """Have all of it in memory."""
+        benchcache.warm((self.old, self.new, self.content, self.ascending, self.shuffled))
 
-    def _make(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir(parents=True)
-        images.build_images(self.directory)
-        self.nothing.write_bytes(bytes(BLOCK_SIZE))
-        blocks = np.memmap(self.new, dtype=np.uint64, mode="r").reshape(-1, BLOCK_SIZE // 8)
-        used = np.flatnonzero(blocks.any(axis=1))
-        spans = CONTENT_BYTES // (_SPAN_BLOCKS * BLOCK_SIZE)
-        with open(self.content, "wb") as file:
-            for first in np.linspace(0, len(used) - _SPAN_BLOCKS, spans, dtype=np.int64):
-                file.write(blocks[used[first : first + _SPAN_BLOCKS]].tobytes())
-        random = np.random.default_rng(_SEED)
-        write_ops(self.ascending, random, shuffle=False)
-        write_ops(self.shuffled, random, shuffle=True)
+
+def _make(directory: Path) -> None:
+    _, new = images.build_images(directory)
+    (directory / "nothing.img").write_bytes(bytes(BLOCK_SIZE))
+    blocks = UsedBlocks(new)
+    spans = CONTENT_BYTES // (_SPAN_BLOCKS * BLOCK_SIZE)
+    with open(directory / "content.img", "wb") as file:
+        for first in np.linspace(0, len(blocks.numbers) - _SPAN_BLOCKS, spans, dtype=np.int64):
+            file.write(blocks.read(first, _SPAN_BLOCKS))
+    random = np.random.default_rng(_SEED)
+    write_ops(directory / "ascending.cow", random, shuffle=False)
+    write_ops(directory / "shuffled.cow", random, shuffle=True)
 
 
 def write_ops(path: Path, random: np.random.Generator, *, shuffle: bool) -> None:

@@ -7,7 +7,7 @@ from dmurig import PREFLUSH, Rig, Submitted, read_one
 
 from snapd.block.bio import BioOp
 from snapd.block.errors import SnapdError
-from snapd.dmuser.message import ACCEPTED_FLAGS, HEADER, HEADER_BYTES, Answer, Flag, Request
+from snapd.dmuser.message import HEADER, HEADER_BYTES, Answer, Flag, Request
 
 GOLDEN = [
     (
@@ -46,46 +46,6 @@ def test_empty_write_with_preflush_is_a_flush() -> None:
     assert not Request(0, BioOp.WRITE, 0, 0, 0).is_flush
     assert not Request(0, BioOp.WRITE, PREFLUSH, 0, 512).is_flush
     assert not Request(0, BioOp.READ, PREFLUSH, 0, 0).is_flush
-
-
-@pytest.mark.parametrize("op", sorted(BioOp))
-def test_length_of_every_operation_is_its_range(op: BioOp) -> None:
-    """DMU-11: also an operation without payload has the bytes of its range in `len`; DMU-17: WRITE_SAME has none."""
-    rig = Rig()
-    submitted = Submitted(op, sector=3, length=8192)
-    if op is BioOp.WRITE_SAME:
-        with pytest.raises(SnapdError) as refused:
-            rig.target.submit(submitted.bio)
-        assert refused.value.errno == errno.EOPNOTSUPP
-        return
-    rig.target.submit(submitted.bio)
-    header = Request._make(HEADER.unpack(read_one(rig.target.open()).header()))
-    assert header == Request(0, op, 0, 3, 8192)
-
-
-@pytest.mark.parametrize("flag", sorted(Flag))
-def test_every_flag(flag: Flag) -> None:
-    """DMU-20, DMU-21, DMU-23: a flag of the android set arrives as its one bit; any other refuses the bio."""
-    rig = Rig()
-    refused = {Flag.CGROUP_PUNT, Flag.HIPRI, Flag.DRV, Flag.SWAP}
-    if flag in refused:
-        for flags in (int(flag), int(flag) | ACCEPTED_FLAGS):
-            with pytest.raises(SnapdError) as error:
-                rig.submit(flags=flags)
-            assert error.value.errno == errno.EOPNOTSUPP
-        return
-    rig.submit(flags=int(flag))
-    assert HEADER.unpack(read_one(rig.target.open()).header())[2] == int(flag)
-
-
-def test_all_flags_at_once() -> None:
-    """DMU-20: all fifteen of the android set together arrive unchanged; a bit nobody knows refuses the bio."""
-    rig = Rig()
-    assert ACCEPTED_FLAGS.bit_count() == 15
-    rig.submit(flags=ACCEPTED_FLAGS)
-    assert HEADER.unpack(read_one(rig.target.open()).header())[2] == ACCEPTED_FLAGS
-    with pytest.raises(SnapdError):
-        rig.submit(flags=1 << 19)
 
 
 def test_a_refused_bio_takes_no_number() -> None:

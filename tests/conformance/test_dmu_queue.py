@@ -3,11 +3,11 @@
 import errno
 
 import pytest
-from dmurig import EIO, OK, Rig, Submitted, read_one, serve
+from dmurig import EIO, OK, Rig, Submitted, raises, read_one, serve
 
 from snapd.block.bio import SECTOR_BYTES, Bio, BioOp
 from snapd.block.errors import SnapdError
-from snapd.dmuser.target import MAX_REPLAYS, QUEUE_MESSAGES, QUEUE_PAYLOAD_BYTES, REPLAYED_OPS
+from snapd.dmuser.target import MAX_REPLAYS, QUEUE_MESSAGES, QUEUE_PAYLOAD_BYTES, REPLAYED_OPS, SUSPECTS
 
 GRACE_MS = 10_000
 
@@ -35,13 +35,23 @@ def test_answers_in_any_order() -> None:
         assert bios[seq].result == OK
 
 
+def test_a_flush_waits_for_nothing_but_its_own_answer() -> None:
+    """DMU-150, DMU-46: the target orders nothing; a flush may end while an older write is still with the daemon."""
+    rig = Rig()
+    channel = rig.target.open()
+    write, flush = rig.submit(BioOp.WRITE), rig.submit(BioOp.FLUSH, length=0)
+    read_one(channel)
+    channel.answer(read_one(channel).seq, 0)
+    assert (write.result, flush.result) == (None, OK)
+
+
 @pytest.mark.parametrize(
     ("code", "result"),
     [(1, EIO), (2, errno.EOPNOTSUPP), (3, EIO), (1 << 63, EIO)],
     ids=["ERROR", "UNSUPPORTED", "unknown", "huge"],
 )
 def test_answer_codes(code: int, result: int) -> None:
-    """DMU-65 to DMU-67: an error ends the bio at the header, and the channel stays usable."""
+    """DMU-12, DMU-65 to DMU-67: an error ends the bio at the header, and the channel stays usable."""
     rig = Rig()
     failed, next_one = rig.submit(), rig.submit()
     channel = rig.target.open()
@@ -123,7 +133,7 @@ def test_completion_may_submit_again() -> None:
     depth: list[int] = []
     deepest: list[int] = []
 
-    def on_complete(_: int) -> None:
+    def on_complete(_bio: Bio, _: int) -> None:
         depth.append(1)
         deepest.append(len(depth))
         if len(deepest) < 50:
@@ -140,7 +150,7 @@ def test_completion_of_a_failed_queue_may_submit() -> None:
     """DMU-117: a submission from within a failing queue gets its own place and its own end."""
     rig = Rig(attach_timeout_ms=100)
     later: list[Submitted] = []
-    rig.target.submit(Bio(BioOp.READ, 0, 0, memoryview(b""), lambda _: later.append(rig.submit())))
+    rig.target.submit(Bio(BioOp.READ, 0, 0, memoryview(b""), lambda _bio, _: later.append(rig.submit())))
     bystander = rig.submit()
     rig.advance(100)
     assert bystander.result == EIO
@@ -308,6 +318,19 @@ def test_message_that_ends_every_daemon_ends_itself() -> None:
     assert poison.result == EIO
 
 
+def test_a_deep_queue_survives_the_deaths_of_its_daemons() -> None:
+    """DMU-149: only the oldest that a daemon had may have ended it; the others are given back ever again."""
+    rig = Rig(restart_grace_ms=GRACE_MS)
+    bios = [rig.submit() for _ in range(SUSPECTS + 8)]
+    for _ in range(MAX_REPLAYS + 1):
+        channel = rig.target.open()
+        channel.handed_over(len(channel.take_all(QUEUE_MESSAGES)))
+        channel.close()
+    assert [bio.result for bio in bios] == [EIO] * SUSPECTS + [None] * 8
+    again = rig.target.open()
+    assert [serve(again).seq for _ in range(8)] == list(range(SUSPECTS, SUSPECTS + 8))
+
+
 def test_give_up_fails_now_and_later() -> None:
     """DMU-184: after a crash loop nothing waits for the grace any more."""
     rig = Rig(restart_grace_ms=GRACE_MS)
@@ -320,3 +343,45 @@ def test_give_up_fails_now_and_later() -> None:
     late = rig.submit()
     rig.target.expire()
     assert late.result == EIO
+
+
+def test_a_batch_of_answers_is_taken_in_before_it_completes() -> None:
+    """DMU-117, DMU-140, DMU-46, DMU-65: the first completion finds all answers of its batch taken in."""
+    rig = Rig()
+    channel = rig.target.open()
+    seen: list[tuple[int, int]] = []
+
+    def on_complete(_bio: Bio, number: int) -> None:
+        seen.append((number, sum(channel.awaits(seq) for seq in range(3))))
+
+    for _ in range(3):
+        rig.target.submit(Bio(BioOp.READ, 0, SECTOR_BYTES, None, on_complete, place=0))
+    channel.handed_over(len(channel.take_all(10)))
+    channel.answer_all([(2, 0), (0, 1), (1, 2)])
+    assert seen == [(OK, 0), (EIO, 0), (errno.EOPNOTSUPP, 0)]
+
+
+def test_a_batch_with_an_invalid_number() -> None:
+    """DMU-69, DMU-71: what came before it counts, what comes behind it does not, and the channel is closed."""
+    rig = Rig()
+    channel = rig.target.open()
+    bios = [rig.submit(BioOp.FLUSH, length=0) for _ in range(3)]
+    channel.handed_over(len(channel.take_all(10)))
+    with raises(errno.EINVAL):
+        channel.answer_all([(0, 0), (7, 0), (1, 0)])
+    assert [bio.result for bio in bios] == [OK, EIO, EIO]
+    assert not channel.is_open
+
+
+@pytest.mark.parametrize("limit", [1, 3, QUEUE_MESSAGES, 1000])
+def test_taking_many_at_once(limit: int) -> None:
+    """DMU-43, DMU-143: up to so many of the oldest; the room for messages and payload they had is free again."""
+    rig = Rig()
+    channel = rig.target.open()
+    for _ in range(QUEUE_MESSAGES):
+        rig.submit(BioOp.WRITE, length=QUEUE_PAYLOAD_BYTES // QUEUE_MESSAGES)
+    assert not rig.target.has_room(SECTOR_BYTES)
+    taken = min(limit, QUEUE_MESSAGES)
+    assert [message.seq for message in channel.take_all(limit)] == list(range(taken))
+    assert rig.target.has_room(taken * QUEUE_PAYLOAD_BYTES // QUEUE_MESSAGES)
+    assert rig.target.queued == QUEUE_MESSAGES - taken

@@ -67,7 +67,7 @@ def test_merged_blocks_are_read_from_the_base(device: Device) -> None:
     """UNDO-26, UNDO-5: while a merger marks blocks merged, reads change their way and nothing else."""
     with device.client() as client:
         before = device.status()["reads_to_worker"]
-        os.pwrite(device.fds.base, device.images.new, 0)
+        os.pwrite(device.fds["base"], device.images.new, 0)
         device.shared.mark_merged(0, SIZE // BLOCK)
         assert read(client, 0, SIZE) == device.images.new
         assert device.status()["reads_to_worker"] == before
@@ -75,9 +75,9 @@ def test_merged_blocks_are_read_from_the_base(device: Device) -> None:
 
 def test_damaged_payload_is_an_error(device: Device, images: Images) -> None:
     """DMU-167, DMU-65: a unit that does not decode fails the reads that need it, and no others."""
-    cow = os.pread(device.fds.cow, 78, 0)
+    cow = os.pread(device.fds["cow"], 78, 0)
     header = Header.unpack(cow)
-    os.pwrite(device.fds.cow, bytes(64), header.data_start)
+    os.pwrite(device.fds["cow"], bytes(64), header.data_start)
     damaged = images.replaced[0] * BLOCK
     end = damaged + UNIT_BLOCKS * BLOCK
     with device.client() as client:

@@ -17,7 +17,7 @@ from random import Random
 import pytest
 from conftest import BLOCK, Images, Service, read_device
 
-from snapd.api.v1 import snapshots_pb2, updates_pb2
+from snapd.api.v1 import devices_pb2, updates_pb2
 from snapd.block.errors import SnapdError
 from snapd.client.nbd import NbdClient
 from snapd.client.service import Client
@@ -255,7 +255,7 @@ def test_a_device_that_failed_is_started_anew_by_map(service: Service, images: M
             wait_until(lambda: victim_pid(service, client, "worker") not in killed)
             killed.add(pid := victim_pid(service, client, "worker"))
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: client.get_update(UPDATE).snapshots[0].device.state == snapshots_pb2.DEVICE_STATE_FAILED)
+        wait_until(lambda: client.get_update(UPDATE).snapshots[0].device.state == devices_pb2.DEVICE_STATE_FAILED)
         with NbdClient.connect(uri) as device, pytest.raises(SnapdError) as caught:
             device.read_into(bytearray(len(pair.new)), 0)
         assert caught.value.errno == errno.EIO

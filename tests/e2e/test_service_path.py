@@ -204,7 +204,7 @@ def test_health_and_reflection(service: Service) -> None:
 
     with grpc.insecure_channel(service.server) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "snapd.v1.Updates", "snapd.v1.Snapshots"):
+        for name in ("", "snapd.v1.Updates", "snapd.v1.Snapshots", "snapd.v1.Devices"):
             reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=20)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         request = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -212,7 +212,7 @@ def test_health_and_reflection(service: Service) -> None:
         stub = reflection.ServerReflectionStub(channel)
         (listed,) = stub.ServerReflectionInfo(iter([request]), timeout=20)
         names = {found.name for found in listed.list_services_response.service}
-    assert {"snapd.v1.Updates", "snapd.v1.Snapshots", "grpc.health.v1.Health"} <= names
+    assert {"snapd.v1.Updates", "snapd.v1.Snapshots", "snapd.v1.Devices", "grpc.health.v1.Health"} <= names
 
 
 def test_errors_carry_their_reason(service: Service) -> None:

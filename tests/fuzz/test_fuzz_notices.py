@@ -55,9 +55,9 @@ def patched_up(decode: Callable[..., Buffer]) -> Callable[..., Buffer]:
     return decode_anything
 
 
-def last_unit(self: UnitReader, _index: int) -> Buffer | None:
+def last_unit(self: UnitReader, _index: int) -> memoryview | None:
     """A cache that does not look at what it is asked for."""
-    return next(reversed(self._cache.values()), None)
+    return next(reversed(self._cache._units.values()), None)
 
 
 CHANGES: dict[str, tuple[Any, str, Any]] = {

@@ -1,7 +1,7 @@
-"""Extent maps made by hand: which blocks have an op, and nothing about content (they are all zero ops)."""
+"""Extent maps made by hand: which blocks have an op, of which kind, and nothing about content."""
 
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from snapd.cow.format import Compression, OpType
 from snapd.cow.image.extentmap import UNCHANGED, ExtentMap
@@ -9,13 +9,18 @@ from snapd.cow.image.extentmap import UNCHANGED, ExtentMap
 
 def zero_map(changed: Collection[int], blocks: int, *, block_size: int = 4096, ops_digest: int = 0) -> ExtentMap:
     """A map of `blocks` blocks, those in `changed` being zeros."""
+    kinds = [OpType.ZERO if block in changed else UNCHANGED for block in range(blocks)]
+    return kinds_map(kinds, block_size=block_size, ops_digest=ops_digest)
+
+
+def kinds_map(kinds: Sequence[int], *, block_size: int = 4096, ops_digest: int = 0) -> ExtentMap:
+    """A map of blocks that are each UNCHANGED or served by an op of this kind."""
     starts, whats = array("I"), array("Q")
-    for block in range(blocks):
-        what = OpType.ZERO << 60 if block in changed else UNCHANGED
-        if not whats or whats[-1] != what:
+    for block, kind in enumerate(kinds):
+        if not whats or whats[-1] != kind << 60:
             starts.append(block)
-            whats.append(what)
-    starts.append(blocks)
+            whats.append(kind << 60)
+    starts.append(len(kinds))
     return ExtentMap(
         block_size=block_size,
         version=3,

@@ -48,3 +48,17 @@ def test_who_leaves_the_line_lets_the_next_in() -> None:
     credit.leave_line("b")
     credit.leave_line("b")
     assert credit.next_in_line() == "c"
+
+
+def test_own_credit_is_not_shared() -> None:
+    """Who has credit of its own gets it whatever the others hold, and stands in line for what goes beyond."""
+    credit: Credits[str] = Credits(100)
+    assert credit.admit("a", 110, 10)
+    assert credit.in_flight_bytes == 110
+    assert not credit.admit("b", 11, 10)
+    assert credit.free_bytes == 0
+    assert credit.admit("b", 10, 10)
+    assert credit.next_in_line() is None
+    credit.release(110, 10)
+    credit.release(10, 10)
+    assert (credit.in_flight_bytes, credit.free_bytes) == (0, 100)

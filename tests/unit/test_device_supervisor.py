@@ -1,8 +1,10 @@
 """The supervisor's decisions, with processes that die when the test says so."""
 
+import contextlib
 import errno
 import os
 import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -13,14 +15,15 @@ from snapd.block.clock import ManualClock
 from snapd.block.errors import SnapdError
 from snapd.device.loop import Loop
 from snapd.device.supervisor import START_RETRY_MS, Process, Supervisor, WorkerState
-from snapd.dmuser.channel import SocketChannel
+from snapd.dmuser.arenachannel import ArenaChannel
 from snapd.dmuser.message import Answer
-from snapd.dmuser.target import Target
+from snapd.dmuser.target import MAX_REPLAYS, SUSPECTS, Target
 from snapd.proc.deaths import CRASH_LOOP_DEATHS, CRASH_LOOP_MS
 from snapd.proc.log import Log
 
 GRACE_MS = 10_000
 REQUEST_TIMEOUT_MS = 30_000
+_SEQ = struct.Struct("<Q")
 
 
 class Worker:
@@ -52,22 +55,28 @@ class Worker:
 class Bench:
     """A supervisor with everything around it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, replaces: bool = True) -> None:
         self.clock = ManualClock()
         self.loop = Loop()
-        self.target = Target(self.clock, restart_grace_ms=GRACE_MS, request_timeout_ms=REQUEST_TIMEOUT_MS)
+        self.target = Target(
+            self.clock,
+            restart_grace_ms=GRACE_MS if replaces else 0,
+            request_timeout_ms=REQUEST_TIMEOUT_MS if replaces else 0,
+        )
         self.workers: list[Worker] = []
         self.refuse_start = False
-        self.supervisor = Supervisor(self.loop, self.target, self._start, self.clock, Log("test", self.clock))
+        self.supervisor = Supervisor(
+            self.loop, self.target, self._start, self.clock, Log("test", self.clock), replaces=replaces
+        )
         self.supervisor.start()
 
-    def _start(self) -> tuple[Process, SocketChannel]:
+    def _start(self) -> tuple[Process, ArenaChannel]:
         if self.refuse_start:
             raise SnapdError(errno.ENOMEM, "start a worker: no memory")
         assert all(worker.reaped for worker in self.workers), "two workers at once"
         ours, theirs = socket.socketpair()
         self.workers.append(Worker(100 + len(self.workers), theirs))
-        return self.workers[-1], SocketChannel(self.target, ours)
+        return self.workers[-1], ArenaChannel(self.target, ours)
 
     @property
     def worker(self) -> Worker:
@@ -81,17 +90,41 @@ class Bench:
             self.supervisor.expire()
             self.supervisor.send()
 
-    def read(self, length: int = 512) -> list[int]:
+    def read(self) -> list[int]:
+        """Submit a READ with its place in an arena; what it ends with will be in the list."""
         results: list[int] = []
-        self.target.submit(Bio(BioOp.READ, 0, length, memoryview(bytearray(length)), results.append))
+        self.target.submit(Bio(BioOp.READ, 0, 512, None, lambda _bio, number: results.append(number), place=0))
         return results
+
+    def answer_one(self) -> None:
+        """The worker reads one request and answers it."""
+        (seq,) = _SEQ.unpack(self.worker.channel.recv(40)[:8])
+        self.worker.channel.sendall(pack_answer(seq, Answer.SUCCESS))
+        self.turn()
+
+    def die(self, ms: int = 0) -> None:
+        """The worker dies, and time passes."""
+        self.worker.exit()
+        self.turn(ms)
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     bench = Bench()
     yield bench
+    end(bench)
+
+
+@pytest.fixture
+def fail_fast() -> Iterator[Bench]:
+    bench = Bench(replaces=False)
+    yield bench
+    end(bench)
+
+
+def end(bench: Bench) -> None:
     bench.supervisor.stop()
+    assert bench.supervisor.state is WorkerState.STOPPED
     for worker in bench.workers:
         worker.exit()
         assert worker.reaped
@@ -108,7 +141,7 @@ def test_death_is_followed_by_one_successor(bench: Bench) -> None:
     assert bench.supervisor.state is WorkerState.RUNNING
     assert bench.supervisor.restarts == 1
     assert bench.worker.channel.recv(100)[:8] == bytes(8)
-    bench.worker.channel.sendall(pack_answer(0, Answer.SUCCESS) + bytes(512))
+    bench.worker.channel.sendall(pack_answer(0, Answer.SUCCESS))
     bench.turn()
     assert result == [0]
 
@@ -127,11 +160,15 @@ def test_successor_waits_for_the_exit(bench: Bench) -> None:
 
 def test_successor_waits_for_the_last_answers(bench: Bench) -> None:
     """DMU-76: an answer that lies in the socket when the exit is seen still counts."""
-    # More than is taken in at once, so that the exit is seen with the rest of it still in the socket.
-    result = bench.read(100_352)
+    result = bench.read()
     bench.turn()
-    bench.worker.channel.sendall(pack_answer(0, Answer.SUCCESS) + bytes(100_352))
-    bench.worker.exit()
+    bench.worker.channel.sendall(pack_answer(0, Answer.SUCCESS))
+    # The exit is seen first, with the answer still in the socket.
+    process = bench.worker
+    bench.supervisor._on_exit(0)
+    assert process.reaped
+    assert len(bench.workers) == 1
+    process.exit()
     bench.turn()
     assert result == [0]
     assert len(bench.workers) == 2
@@ -147,11 +184,11 @@ def test_stuck_worker_is_killed(bench: Bench) -> None:
     assert bench.worker.killed
     assert result == []
     with pytest.raises(BrokenPipeError):
-        bench.worker.channel.sendall(pack_answer(0, Answer.SUCCESS) + bytes(512))
+        bench.worker.channel.sendall(pack_answer(0, Answer.SUCCESS))
     assert bench.supervisor.next_deadline_ms() == REQUEST_TIMEOUT_MS + GRACE_MS
     bench.worker.exit()
     bench.turn()
-    bench.worker.channel.sendall(pack_answer(0, Answer.SUCCESS) + bytes(512))
+    bench.worker.channel.sendall(pack_answer(0, Answer.SUCCESS))
     bench.turn()
     assert result == [0]
 
@@ -170,7 +207,7 @@ def test_nonsense_costs_the_worker_its_life(bench: Bench) -> None:
 
 
 def test_crash_loop(bench: Bench) -> None:
-    """DMU-184: five deaths within a minute: no further worker, what waits fails, what comes fails at once."""
+    """Five deaths without an answer within a minute: no further worker, what waits fails, what comes fails at once."""
     result = bench.read()
     for _ in range(CRASH_LOOP_DEATHS):
         assert bench.supervisor.state is WorkerState.RUNNING
@@ -184,6 +221,132 @@ def test_crash_loop(bench: Bench) -> None:
     bench.turn()
     assert late == [errno.EIO]
     assert bench.supervisor.next_deadline_ms() is None
+
+
+def test_worker_that_answered_is_replaced_for_ever(bench: Bench) -> None:
+    """DMU-148: what ends a worker that can serve is not the worker's fault; every death still counts as a restart."""
+    count = 10 * CRASH_LOOP_DEATHS
+    for _ in range(count):
+        result = bench.read()
+        bench.turn()
+        bench.answer_one()
+        assert result == [0]
+        bench.die()
+    assert bench.supervisor.state is WorkerState.RUNNING
+    assert bench.supervisor.restarts == count
+
+
+def test_deaths_without_an_answer_count_among_others(bench: Bench) -> None:
+    """Workers that answered in between do not hide that most of them do not come up."""
+    for _ in range(CRASH_LOOP_DEATHS - 1):
+        bench.die()
+        bench.read()
+        bench.turn()
+        bench.answer_one()
+        bench.die()
+    assert bench.supervisor.worker_pid == bench.worker.pid
+    bench.die()
+    assert bench.supervisor.state is WorkerState.CRASH_LOOP
+
+
+@pytest.mark.parametrize("code", [Answer.ERROR, Answer.UNSUPPORTED])
+def test_an_error_is_an_answer(bench: Bench, code: Answer) -> None:
+    """A worker on a bad disk serves, too: its death is no sign that workers cannot come up."""
+    for number in range(2 * CRASH_LOOP_DEATHS):
+        bench.read()
+        bench.turn()
+        bench.worker.channel.sendall(pack_answer(number, code))
+        bench.turn()
+        bench.die()
+    assert bench.supervisor.state is WorkerState.RUNNING
+
+
+@pytest.mark.parametrize("said", [b"", bytes(39), pack_answer(77, Answer.SUCCESS)], ids=["nothing", "half", "nonsense"])
+def test_half_an_answer_or_a_wrong_one_is_none(bench: Bench, said: bytes) -> None:
+    """DMU-69: only a whole answer to a request that was given to the worker shows that it serves."""
+    result = bench.read()
+    for _ in range(CRASH_LOOP_DEATHS):
+        bench.turn()
+        bench.worker.channel.sendall(said)
+        bench.turn()
+        bench.die()
+    assert bench.supervisor.state is WorkerState.CRASH_LOOP
+    assert result == [errno.EIO]
+
+
+def test_request_that_ends_every_worker_ends_itself(bench: Bench) -> None:
+    """DMU-148: after so many replays it fails, and workers that answer others before they die go on being replaced."""
+    poison = bench.read()
+    bench.turn()
+    for _ in range(MAX_REPLAYS):
+        good = bench.read()
+        bench.turn()
+        first = bench.worker.channel.recv(40)
+        second = bench.worker.channel.recv(40)
+        assert first[:8] == bytes(8)
+        bench.worker.channel.sendall(pack_answer(_SEQ.unpack(second[:8])[0], Answer.SUCCESS))
+        bench.turn()
+        assert (good, poison) == ([0], [])
+        bench.die()
+    assert poison == []
+    bench.die()
+    assert poison == [errno.EIO]
+    assert bench.supervisor.state is WorkerState.RUNNING
+    assert bench.supervisor.restarts == MAX_REPLAYS + 1
+
+
+def test_deep_queue_survives_many_deaths(bench: Bench) -> None:
+    """DMU-148: what a dead worker had not come to is not suspected of having ended it."""
+    results: list[list[int]] = []
+    while len(results) < 10 * SUSPECTS:
+        if not bench.target.has_room():
+            bench.turn()
+        results.append(bench.read())
+    bench.turn()
+    assert bench.target.in_flight == len(results)
+    while bench.target.in_flight:
+        # As a worker does it: as many as it answers at once, and then it is killed.
+        for _ in range(SUSPECTS):
+            bench.answer_one()
+        bench.die()
+    assert results == [[0]] * (10 * SUSPECTS)
+    assert bench.supervisor.restarts == 10 > MAX_REPLAYS
+
+
+def test_nobody_is_started_where_workers_are_not_replaced(fail_fast: Bench) -> None:
+    """DMU-99, DMU-100, DMU-103: the first death fails what is in flight at once, and what comes later too."""
+    bench = fail_fast
+    answered = bench.read()
+    bench.turn()
+    bench.answer_one()
+    assert answered == [0]
+    in_flight = bench.read()
+    bench.turn()
+    # DMU-96: it may think for as long as it likes.
+    bench.turn(10 * REQUEST_TIMEOUT_MS)
+    assert bench.supervisor.next_deadline_ms() is None
+    assert in_flight == []
+    bench.die()
+    assert in_flight == [errno.EIO]
+    assert bench.supervisor.state is WorkerState.FAILED
+    late = bench.read()
+    bench.turn()
+    assert late == [errno.EIO]
+    bench.turn(CRASH_LOOP_MS)
+    assert (len(bench.workers), bench.supervisor.worker_pid, bench.supervisor.restarts) == (1, 0, 0)
+    assert bench.supervisor.next_deadline_ms() is None
+
+
+def test_hang_up_fails_at_once_where_workers_are_not_replaced(fail_fast: Bench) -> None:
+    """DMU-99: what is in flight fails inside the close, before the process has gone."""
+    result = fail_fast.read()
+    fail_fast.turn()
+    fail_fast.worker.channel.close()
+    fail_fast.turn()
+    assert result == [errno.EIO]
+    assert fail_fast.worker.killed
+    fail_fast.die()
+    assert fail_fast.supervisor.state is WorkerState.FAILED
 
 
 def test_deaths_far_apart_are_no_crash_loop(bench: Bench) -> None:
@@ -205,7 +368,13 @@ def test_failed_start_is_tried_again(bench: Bench) -> None:
     assert bench.supervisor.worker_pid == bench.worker.pid
 
 
-def test_start_that_never_works_is_a_crash_loop(bench: Bench) -> None:
+@pytest.mark.parametrize("has_answered", [False, True])
+def test_start_that_never_works_is_a_crash_loop(bench: Bench, has_answered: bool) -> None:
+    """Also behind a worker that served well."""
+    if has_answered:
+        bench.read()
+        bench.turn()
+        bench.answer_one()
     bench.refuse_start = True
     bench.worker.exit()
     for _ in range(CRASH_LOOP_DEATHS):
@@ -215,14 +384,19 @@ def test_start_that_never_works_is_a_crash_loop(bench: Bench) -> None:
 
 
 def test_full_socket_waits_for_the_worker(bench: Bench) -> None:
-    """DMU-143: a worker that does not read is not sent to; when it reads, the rest follows."""
-    data = memoryview(bytearray(1 << 20))
-    while bench.target.has_room(len(data)):
-        bench.target.submit(Bio(BioOp.WRITE, 0, len(data), data, lambda _: None))
+    """DMU-143: a worker that does not read is not sent to; when it reads, the rest follows, nothing lost or cut."""
+    results: list[list[int]] = []
+    while bench.target.has_room():
+        results.append(bench.read())
         bench.supervisor.send()
     bench.turn()
-    queued = bench.target.queued
-    while bench.target.queued == queued:
-        assert bench.worker.channel.recv(1 << 20)
+    assert bench.target.queued
+    received = bytearray()
+    while bench.target.queued or bench.target.in_flight < len(results):
+        received += bench.worker.channel.recv(1 << 20)
         bench.turn()
-    assert bench.target.queued < queued
+    bench.worker.channel.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            received += bench.worker.channel.recv(1 << 20)
+    assert [seq for (seq,) in struct.iter_unpack("<Q32x", received)] == [*range(len(results))]

@@ -12,7 +12,8 @@ import pytest
 
 from snapd.block.errors import SnapdError
 from snapd.client.nbd import NbdClient
-from snapd.device.nbd import REPLY, REPLY_MAGIC, REQUEST, Handshake
+from snapd.device.handshake import Handshake
+from snapd.device.nbd import REPLY, REPLY_MAGIC, REQUEST
 
 SIZE = 1 << 20
 Script = Callable[[socket.socket], None]
@@ -43,7 +44,7 @@ def serve() -> Iterator[Callable[[Script], str]]:
 
 
 def negotiate(client: socket.socket) -> None:
-    handshake = Handshake(SIZE)
+    handshake = Handshake(SIZE, read_only=True, can_multi_conn=True)
     client.sendall(handshake.greeting)
     received = b""
     while not handshake.finished:
@@ -147,3 +148,23 @@ def test_nobody_listens() -> None:
     with pytest.raises(SnapdError, match="connect to /nonexistent/nbd") as error:
         NbdClient.connect("/nonexistent/nbd")
     assert error.value.errno == errno.ENOENT
+
+
+def test_full_backlog() -> None:
+    """A client waits for its place in the line, for as long as it may wait for anything."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory, socket.socket(socket.AF_UNIX) as listener:
+        path = os.path.join(directory, "nbd")
+        listener.bind(path)
+        listener.listen(0)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(path)
+            with pytest.raises(SnapdError) as error:
+                NbdClient.connect(path, timeout_s=1)
+            assert error.value.errno == errno.EAGAIN
+            waiting = threading.Thread(target=lambda: NbdClient.connect(path).close())
+            waiting.start()
+            listener.accept()[0].close()
+            server, _ = listener.accept()
+            with server:
+                negotiate(server)
+                waiting.join()

@@ -22,33 +22,30 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from snapd.api.v1 import devices_pb2 as snapd_dot_v1_dot_devices__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18snapd/v1/snapshots.proto\x12\x08snapd.v1\"\xd1\x02\n\x08Snapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.snapd.v1.SnapshotState\x12\x11\n\tbase_path\x18\x04 \x01(\t\x12\x10\n\x08\x63ow_path\x18\x05 \x01(\t\x12\x11\n\tundo_path\x18\x06 \x01(\t\x12\x16\n\x0eold_size_bytes\x18\x07 \x01(\x03\x12\x16\n\x0enew_size_bytes\x18\x08 \x01(\x03\x12\x15\n\rchanged_bytes\x18\t \x01(\x03\x12\x14\n\x0cmerged_bytes\x18\n \x01(\x03\x12%\n\tread_back\x18\x0b \x01(\x0e\x32\x12.snapd.v1.ReadBack\x12\x0f\n\x07\x66\x61ilure\x18\x0c \x01(\t\x12\x12\n\nmerger_pid\x18\r \x01(\x05\x12 \n\x06\x64\x65vice\x18\x0e \x01(\x0b\x32\x10.snapd.v1.Device\"\xa3\x01\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.snapd.v1.DeviceState\x12\x0f\n\x07nbd_uri\x18\x03 \x01(\t\x12\x10\n\x08host_pid\x18\x04 \x01(\x05\x12\x12\n\nworker_pid\x18\x05 \x01(\x05\x12\x17\n\x0fworker_restarts\x18\x06 \x01(\x05\x12\x15\n\rhost_restarts\x18\x07 \x01(\x05\"a\n\x15\x43reateSnapshotRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x02 \x01(\t\x12\x11\n\tbase_path\x18\x03 \x01(\t\x12\x10\n\x08\x63ow_path\x18\x04 \x01(\t\"\"\n\x12GetSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\"\n\x12MapSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14UnmapSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*\xb9\x01\n\rSnapshotState\x12\x1e\n\x1aSNAPSHOT_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SNAPSHOT_STATE_READY\x10\x01\x12\x1a\n\x16SNAPSHOT_STATE_MERGING\x10\x02\x12\x19\n\x15SNAPSHOT_STATE_MERGED\x10\x03\x12\x1c\n\x18SNAPSHOT_STATE_CONFIRMED\x10\x04\x12\x19\n\x15SNAPSHOT_STATE_FAILED\x10\x05*d\n\x08ReadBack\x12\x19\n\x15READ_BACK_UNSPECIFIED\x10\x00\x12\x15\n\x11READ_BACK_PENDING\x10\x01\x12\x10\n\x0cREAD_BACK_OK\x10\x02\x12\x14\n\x10READ_BACK_FAILED\x10\x03*{\n\x0b\x44\x65viceState\x12\x1c\n\x18\x44\x45VICE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x45VICE_STATE_SERVING\x10\x01\x12\x1b\n\x17\x44\x45VICE_STATE_RESTARTING\x10\x02\x12\x17\n\x13\x44\x45VICE_STATE_FAILED\x10\x03\x32\x99\x02\n\tSnapshots\x12\x45\n\x0e\x43reateSnapshot\x12\x1f.snapd.v1.CreateSnapshotRequest\x1a\x12.snapd.v1.Snapshot\x12?\n\x0bGetSnapshot\x12\x1c.snapd.v1.GetSnapshotRequest\x1a\x12.snapd.v1.Snapshot\x12?\n\x0bMapSnapshot\x12\x1c.snapd.v1.MapSnapshotRequest\x1a\x12.snapd.v1.Snapshot\x12\x43\n\rUnmapSnapshot\x12\x1e.snapd.v1.UnmapSnapshotRequest\x1a\x12.snapd.v1.Snapshotb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18snapd/v1/snapshots.proto\x12\x08snapd.v1\x1a\x16snapd/v1/devices.proto\"\xd1\x02\n\x08Snapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.snapd.v1.SnapshotState\x12\x11\n\tbase_path\x18\x04 \x01(\t\x12\x10\n\x08\x63ow_path\x18\x05 \x01(\t\x12\x11\n\tundo_path\x18\x06 \x01(\t\x12\x16\n\x0eold_size_bytes\x18\x07 \x01(\x03\x12\x16\n\x0enew_size_bytes\x18\x08 \x01(\x03\x12\x15\n\rchanged_bytes\x18\t \x01(\x03\x12\x14\n\x0cmerged_bytes\x18\n \x01(\x03\x12%\n\tread_back\x18\x0b \x01(\x0e\x32\x12.snapd.v1.ReadBack\x12\x0f\n\x07\x66\x61ilure\x18\x0c \x01(\t\x12\x12\n\nmerger_pid\x18\r \x01(\x05\x12 \n\x06\x64\x65vice\x18\x0e \x01(\x0b\x32\x10.snapd.v1.Device\"a\n\x15\x43reateSnapshotRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x02 \x01(\t\x12\x11\n\tbase_path\x18\x03 \x01(\t\x12\x10\n\x08\x63ow_path\x18\x04 \x01(\t\"\"\n\x12GetSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"n\n\x12MapSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x06\x65xport\x18\x02 \x01(\x0b\x32\x18.snapd.v1.ExportSettings\x12 \n\x06policy\x18\x03 \x01(\x0e\x32\x10.snapd.v1.Policy\"$\n\x14UnmapSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*\xb9\x01\n\rSnapshotState\x12\x1e\n\x1aSNAPSHOT_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SNAPSHOT_STATE_READY\x10\x01\x12\x1a\n\x16SNAPSHOT_STATE_MERGING\x10\x02\x12\x19\n\x15SNAPSHOT_STATE_MERGED\x10\x03\x12\x1c\n\x18SNAPSHOT_STATE_CONFIRMED\x10\x04\x12\x19\n\x15SNAPSHOT_STATE_FAILED\x10\x05*d\n\x08ReadBack\x12\x19\n\x15READ_BACK_UNSPECIFIED\x10\x00\x12\x15\n\x11READ_BACK_PENDING\x10\x01\x12\x10\n\x0cREAD_BACK_OK\x10\x02\x12\x14\n\x10READ_BACK_FAILED\x10\x03\x32\x99\x02\n\tSnapshots\x12\x45\n\x0e\x43reateSnapshot\x12\x1f.snapd.v1.CreateSnapshotRequest\x1a\x12.snapd.v1.Snapshot\x12?\n\x0bGetSnapshot\x12\x1c.snapd.v1.GetSnapshotRequest\x1a\x12.snapd.v1.Snapshot\x12?\n\x0bMapSnapshot\x12\x1c.snapd.v1.MapSnapshotRequest\x1a\x12.snapd.v1.Snapshot\x12\x43\n\rUnmapSnapshot\x12\x1e.snapd.v1.UnmapSnapshotRequest\x1a\x12.snapd.v1.Snapshotb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'snapd.v1.snapshots_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SNAPSHOTSTATE']._serialized_start=754
-  _globals['_SNAPSHOTSTATE']._serialized_end=939
-  _globals['_READBACK']._serialized_start=941
-  _globals['_READBACK']._serialized_end=1041
-  _globals['_DEVICESTATE']._serialized_start=1043
-  _globals['_DEVICESTATE']._serialized_end=1166
-  _globals['_SNAPSHOT']._serialized_start=39
-  _globals['_SNAPSHOT']._serialized_end=376
-  _globals['_DEVICE']._serialized_start=379
-  _globals['_DEVICE']._serialized_end=542
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=544
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=641
-  _globals['_GETSNAPSHOTREQUEST']._serialized_start=643
-  _globals['_GETSNAPSHOTREQUEST']._serialized_end=677
-  _globals['_MAPSNAPSHOTREQUEST']._serialized_start=679
-  _globals['_MAPSNAPSHOTREQUEST']._serialized_end=713
-  _globals['_UNMAPSNAPSHOTREQUEST']._serialized_start=715
-  _globals['_UNMAPSNAPSHOTREQUEST']._serialized_end=751
-  _globals['_SNAPSHOTS']._serialized_start=1169
-  _globals['_SNAPSHOTS']._serialized_end=1450
+  _globals['_SNAPSHOTSTATE']._serialized_start=688
+  _globals['_SNAPSHOTSTATE']._serialized_end=873
+  _globals['_READBACK']._serialized_start=875
+  _globals['_READBACK']._serialized_end=975
+  _globals['_SNAPSHOT']._serialized_start=63
+  _globals['_SNAPSHOT']._serialized_end=400
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=402
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=499
+  _globals['_GETSNAPSHOTREQUEST']._serialized_start=501
+  _globals['_GETSNAPSHOTREQUEST']._serialized_end=535
+  _globals['_MAPSNAPSHOTREQUEST']._serialized_start=537
+  _globals['_MAPSNAPSHOTREQUEST']._serialized_end=647
+  _globals['_UNMAPSNAPSHOTREQUEST']._serialized_start=649
+  _globals['_UNMAPSNAPSHOTREQUEST']._serialized_end=685
+  _globals['_SNAPSHOTS']._serialized_start=978
+  _globals['_SNAPSHOTS']._serialized_end=1259
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ Snapshots: one base, one COW, and the device that shows the new image while the 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from snapd.api.v1 import devices_pb2 as _devices_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -66,29 +67,6 @@ READ_BACK_OK: ReadBack.ValueType  # 2
 READ_BACK_FAILED: ReadBack.ValueType  # 3
 Global___ReadBack: _TypeAlias = ReadBack  # noqa: Y015
 
-class _DeviceState:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _DeviceStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceState.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    DEVICE_STATE_UNSPECIFIED: _DeviceState.ValueType  # 0
-    DEVICE_STATE_SERVING: _DeviceState.ValueType  # 1
-    DEVICE_STATE_RESTARTING: _DeviceState.ValueType  # 2
-    """The device host has died and is being replaced."""
-    DEVICE_STATE_FAILED: _DeviceState.ValueType  # 3
-    """It died again and again; requests fail until the snapshot is unmapped and mapped."""
-
-class DeviceState(_DeviceState, metaclass=_DeviceStateEnumTypeWrapper): ...
-
-DEVICE_STATE_UNSPECIFIED: DeviceState.ValueType  # 0
-DEVICE_STATE_SERVING: DeviceState.ValueType  # 1
-DEVICE_STATE_RESTARTING: DeviceState.ValueType  # 2
-"""The device host has died and is being replaced."""
-DEVICE_STATE_FAILED: DeviceState.ValueType  # 3
-"""It died again and again; requests fail until the snapshot is unmapped and mapped."""
-Global___DeviceState: _TypeAlias = DeviceState  # noqa: Y015
-
 @_typing.final
 class Snapshot(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -125,7 +103,7 @@ class Snapshot(_message.Message):
     merger_pid: _builtins.int
     """Process id of the merger; 0 when none runs."""
     @_builtins.property
-    def device(self) -> Global___Device:
+    def device(self) -> _devices_pb2.Device:
         """Present while mapped."""
 
     def __init__(
@@ -144,7 +122,7 @@ class Snapshot(_message.Message):
         read_back: Global___ReadBack.ValueType = ...,
         failure: _builtins.str = ...,
         merger_pid: _builtins.int = ...,
-        device: Global___Device | None = ...,
+        device: _devices_pb2.Device | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -153,44 +131,6 @@ class Snapshot(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
-
-@_typing.final
-class Device(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    STATE_FIELD_NUMBER: _builtins.int
-    NBD_URI_FIELD_NUMBER: _builtins.int
-    HOST_PID_FIELD_NUMBER: _builtins.int
-    WORKER_PID_FIELD_NUMBER: _builtins.int
-    WORKER_RESTARTS_FIELD_NUMBER: _builtins.int
-    HOST_RESTARTS_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """devices/D"""
-    state: Global___DeviceState.ValueType
-    nbd_uri: _builtins.str
-    host_pid: _builtins.int
-    worker_pid: _builtins.int
-    worker_restarts: _builtins.int
-    host_restarts: _builtins.int
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        state: Global___DeviceState.ValueType = ...,
-        nbd_uri: _builtins.str = ...,
-        host_pid: _builtins.int = ...,
-        worker_pid: _builtins.int = ...,
-        worker_restarts: _builtins.int = ...,
-        host_restarts: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_pid", b"host_pid", "host_restarts", b"host_restarts", "name", b"name", "nbd_uri", b"nbd_uri", "state", b"state", "worker_pid", b"worker_pid", "worker_restarts", b"worker_restarts"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Device: _TypeAlias = Device  # noqa: Y015
 
 @_typing.final
 class CreateSnapshotRequest(_message.Message):
@@ -246,15 +186,24 @@ class MapSnapshotRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    EXPORT_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    policy: _devices_pb2.Policy.ValueType
+    @_builtins.property
+    def export(self) -> _devices_pb2.ExportSettings:
+        """What is not set is as the snapshot is mapped already, else the default."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        export: _devices_pb2.ExportSettings | None = ...,
+        policy: _devices_pb2.Policy.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["export", b"export"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["export", b"export", "name", b"name", "policy", b"policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

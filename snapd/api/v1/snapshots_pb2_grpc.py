@@ -74,14 +74,15 @@ class SnapshotsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def MapSnapshot(self, request, context):
-        """Export the new image. Mapping a mapped snapshot returns it as it is.
+        """Export the new image. Mapping a mapped snapshot returns it as it is; settings that differ from what it is mapped
+        with are refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnmapSnapshot(self, request, context):
-        """Take the export away; clients are cut off. Unmapping a snapshot that is not mapped changes nothing.
+        """Finish what is in flight and take the export away. Unmapping a snapshot that is not mapped changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,9 +37,11 @@ class SnapshotsStub:
     """
     GetSnapshot: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.GetSnapshotRequest, _snapshots_pb2.Snapshot]
     MapSnapshot: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.MapSnapshotRequest, _snapshots_pb2.Snapshot]
-    """Export the new image. Mapping a mapped snapshot returns it as it is."""
+    """Export the new image. Mapping a mapped snapshot returns it as it is; settings that differ from what it is mapped
+    with are refused.
+    """
     UnmapSnapshot: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.UnmapSnapshotRequest, _snapshots_pb2.Snapshot]
-    """Take the export away; clients are cut off. Unmapping a snapshot that is not mapped changes nothing."""
+    """Finish what is in flight and take the export away. Unmapping a snapshot that is not mapped changes nothing."""
 
 @_typing.type_check_only
 class SnapshotsAsyncStub(SnapshotsStub):
@@ -50,9 +52,11 @@ class SnapshotsAsyncStub(SnapshotsStub):
     """
     GetSnapshot: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.GetSnapshotRequest, _snapshots_pb2.Snapshot]  # type: ignore[assignment]
     MapSnapshot: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.MapSnapshotRequest, _snapshots_pb2.Snapshot]  # type: ignore[assignment]
-    """Export the new image. Mapping a mapped snapshot returns it as it is."""
+    """Export the new image. Mapping a mapped snapshot returns it as it is; settings that differ from what it is mapped
+    with are refused.
+    """
     UnmapSnapshot: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.UnmapSnapshotRequest, _snapshots_pb2.Snapshot]  # type: ignore[assignment]
-    """Take the export away; clients are cut off. Unmapping a snapshot that is not mapped changes nothing."""
+    """Finish what is in flight and take the export away. Unmapping a snapshot that is not mapped changes nothing."""
 
 class SnapshotsServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -78,7 +82,9 @@ class SnapshotsServicer(metaclass=_abc_1.ABCMeta):
         request: _snapshots_pb2.MapSnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_snapshots_pb2.Snapshot, _abc.Awaitable[_snapshots_pb2.Snapshot]]:
-        """Export the new image. Mapping a mapped snapshot returns it as it is."""
+        """Export the new image. Mapping a mapped snapshot returns it as it is; settings that differ from what it is mapped
+        with are refused.
+        """
 
     @_abc_1.abstractmethod
     def UnmapSnapshot(
@@ -86,6 +92,6 @@ class SnapshotsServicer(metaclass=_abc_1.ABCMeta):
         request: _snapshots_pb2.UnmapSnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_snapshots_pb2.Snapshot, _abc.Awaitable[_snapshots_pb2.Snapshot]]:
-        """Take the export away; clients are cut off. Unmapping a snapshot that is not mapped changes nothing."""
+        """Finish what is in flight and take the export away. Unmapping a snapshot that is not mapped changes nothing."""
 
 def add_SnapshotsServicer_to_server(servicer: SnapshotsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

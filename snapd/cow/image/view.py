@@ -2,7 +2,7 @@
 
 Invariant: a block either reads as the exact content of the image or raises, also where something failed to decode or
 to match a digest that is known. The view keeps no state but a bounded cache of decoded units, so any number of them
-may read the same files.
+may read the same files; views of one COW that different threads read may share the cache.
 """
 
 import errno
@@ -15,26 +15,34 @@ from snapd.block.store import Readable, WritableBuffer
 from snapd.cow.compress import Decoder
 from snapd.cow.errors import CowError
 from snapd.cow.format import OpType
-from snapd.cow.image.extentmap import UNCHANGED, ExtentMap, Run
-from snapd.cow.image.units import UnitReader
+from snapd.cow.image.extentmap import UNCHANGED, ExtentMap
+from snapd.cow.image.units import UnitCache, UnitReader
 from snapd.cow.image.xor import xor_into
 
-_ZEROS = bytes(1 << 20)
+_ZEROS = memoryview(bytes(1 << 20))
 _BATCH_BYTES = 1 << 20
 
 # The comparisons of the hot path, once and for all: an enum's attribute costs more than the comparison.
-_COPY, _REPLACE, _ZERO = int(OpType.COPY), int(OpType.REPLACE), int(OpType.ZERO)
+_COPY, _REPLACE, _ZERO, _XOR = int(OpType.COPY), int(OpType.REPLACE), int(OpType.ZERO), int(OpType.XOR)
 
 
 class CowView:
     """The image that `extent_map` describes (COW-52 to COW-54, COW-57, COW-63).
 
     `payloads` is the COW file, `source` what copies and XOR read from (the old image), `base` what unchanged blocks are
-    read from. Every block is compared with its digest where the map has one (COW-216). Not for use by two threads at
-    once.
+    read from, `units` the cache to use instead of an own one. Every block is compared with its digest where the map has
+    one (COW-216). Not for use by two threads at once.
     """
 
-    def __init__(self, extent_map: ExtentMap, payloads: Readable, *, source: Readable, base: Readable) -> None:
+    def __init__(
+        self,
+        extent_map: ExtentMap,
+        payloads: Readable,
+        *,
+        source: Readable,
+        base: Readable,
+        units: UnitCache | None = None,
+    ) -> None:
         self._map = extent_map
         self._block_size = extent_map.block_size
         self._payloads = payloads
@@ -42,11 +50,12 @@ class CowView:
         self._base = base
         self._digests = extent_map.digests
         self._size = extent_map.block_count * extent_map.block_size
-        self._index, self._run = 0, extent_map.run(0)
         self._decoder = Decoder(extent_map.compression, version=extent_map.version)
-        self._units = UnitReader(
-            payloads, self._decoder, block_size=extent_map.block_size, max_unit=extent_map.max_unit
-        )
+        self._units = UnitReader(payloads, self._decoder, cache=units)
+        self._room = memoryview(bytearray(extent_map.block_size))
+        # Bound once: the hot path looks up as little as it can.
+        self._cached = self._units.cached
+        self._enter(0)
 
     @property
     def size(self) -> int:
@@ -59,66 +68,79 @@ class CowView:
         Errors, after which the buffer's content means nothing: EIO behind the end; `CowError` (EBADMSG) for a
         damaged unit, or a block that is not what its digest says; else what a store raises.
         """
-        out = memoryview(buffer)
-        end = offset + len(out)
+        end = offset + len(buffer)
+        # Most reads stay in the run of the last one, and in one unit, which the cache has.
+        if self._start <= offset and end <= self._end and self._unit_bytes:
+            ordinal, within = divmod(offset - self._origin, self._unit_bytes)
+            stop = within + end - offset
+            if stop <= self._unit_bytes and (unit := self._cached(self._value + ordinal)) is not None:
+                if self._digests is not None:
+                    self._check_part(unit, within, stop, offset)
+                buffer[:] = unit[within:stop]
+                return
         if offset < 0 or end > self._size:
             raise SnapdError(errno.EIO, f"read of bytes {offset} to {end} of an image of {self._size}")
-        if offset == end:
-            return
+        out = memoryview(buffer)
         at = offset
-        index = self._map.run_of(at // self._block_size)
         while at < end:
-            # Most reads stay in the run of the last one.
-            if index != self._index:
-                self._index, self._run = index, self._map.run(index)
-            run = self._run
-            stop = min(run.end * self._block_size, end)
-            self._read_run(run, out[at - offset : stop - offset], at)
+            if not self._start <= at < self._end:
+                self._enter(at // self._block_size)
+            stop = min(self._end, end)
+            self._read_run(out[at - offset : stop - offset], at)
             at = stop
-            index += 1
 
-    def _read_run(self, run: Run, out: memoryview, offset: int) -> None:
-        """Fill `out` with what `run` has from byte `offset` of the image."""
-        if run.kind == _REPLACE:
-            self._read_units(run, out, offset)
-        elif run.kind == _ZERO and self._digests is None:
-            _fill_zeros(out)
-        elif run.kind in (UNCHANGED, _COPY) and self._digests is None:
-            image, at = self._image_of(run, offset)
-            image.read_into(out, at)
-        else:
-            self._read_blocks(run, out, offset)
-
-    def _read_blocks(self, run: Run, out: memoryview, offset: int) -> None:
-        """The same for what can be had in whole blocks only, through a bounce buffer where that is needed."""
+    def _enter(self, block: int) -> None:
+        """Make the run that has the block the one that reads look at first."""
         size = self._block_size
-        skip = offset % size
+        start, length, self._kind, unit_blocks, self._value = self._map.run(self._map.run_of(block))
+        self._start = start * size
+        self._end = self._start + length * size
+        if self._kind == _REPLACE:
+            self._unit_bytes = unit_blocks * size
+            # A unit may begin before its run, where another op serves its first blocks.
+            self._origin = self._map.new_blocks[self._value] * size
+        else:
+            self._unit_bytes = 0
+
+    def _read_run(self, out: memoryview, offset: int) -> None:
+        """Fill `out` with what the run that was entered has from byte `offset` of the image."""
+        kind = self._kind
+        if kind == _REPLACE:
+            self._read_units(out, offset)
+        elif self._digests is not None or kind == _XOR:
+            self._read_blocks(out, offset)
+        elif kind == UNCHANGED:
+            self._base.read_into(out, offset)
+        elif kind == _COPY:
+            self._source.read_into(out, offset + self._value * self._block_size - self._start)
+        else:
+            _fill_zeros(out)
+
+    def _read_blocks(self, out: memoryview, offset: int) -> None:
+        """The same for what can be had in whole blocks only, through a bounce buffer where that is needed."""
+        size, kind = self._block_size, self._kind
+        block, skip = divmod(offset, size)
         length = -(-(skip + len(out)) // size) * size
         whole = out if length == len(out) else memoryview(bytearray(length))
-        block = offset // size
-        if run.kind in (UNCHANGED, _COPY):
-            image, at = self._image_of(run, block * size)
-            image.read_into(whole, at)
-        elif run.kind == _ZERO:
+        at = offset - skip
+        if kind == UNCHANGED:
+            self._base.read_into(whole, at)
+        elif kind == _COPY:
+            self._source.read_into(whole, at + self._value * size - self._start)
+        elif kind == _ZERO:
             _fill_zeros(whole)
         else:
-            self._read_xor(run.value + block - run.start, whole)
+            self._read_xor(self._value + (at - self._start) // size, whole)
         if self._digests is not None:
             self._check(block, whole)
         if whole is not out:
             out[:] = whole[skip : skip + len(out)]
 
-    def _image_of(self, run: Run, offset: int) -> tuple[Readable, int]:
-        """Who has byte `offset` of the image, and where."""
-        if run.kind == UNCHANGED:
-            return self._base, offset
-        return self._source, offset + (run.value - run.start) * self._block_size
-
     def _read_xor(self, index: int, out: memoryview) -> None:
         """Whole XOR blocks, whose first op has this index (COW-54)."""
         size = self._block_size
         content = memoryview(bytearray(len(out)))
-        self._decode(index, 1, out)
+        self._decode(index, size, out)
         sources = self._map.sources(index, index + len(out) // size)
         first = 0
         for i in range(1, len(sources) + 1):
@@ -127,58 +149,75 @@ class CowView:
                 first = i
         xor_into(out, content)
 
-    def _read_units(self, run: Run, out: memoryview, offset: int) -> None:
+    def _read_units(self, out: memoryview, offset: int) -> None:
         """Replaced blocks: units that are wanted whole are read and decoded in a row, others through the cache."""
-        unit_bytes = run.unit_blocks * self._block_size
-        first = run.start * self._block_size
+        unit_bytes = self._unit_bytes
         at = 0
         while at < len(out):
-            ordinal, within = divmod(offset + at - first, unit_bytes)
-            whole = 0 if within else (len(out) - at) // unit_bytes
-            if whole > 1:
+            ordinal, within = divmod(offset + at - self._origin, unit_bytes)
+            index = self._value + ordinal
+            unit = self._cached(index)
+            if unit is None and not within and (whole := (len(out) - at) // unit_bytes):
                 end = at + whole * unit_bytes
-                self._decode(run.value + ordinal, run.unit_blocks, out[at:end])
+                self._decode(index, unit_bytes, out[at:end])
                 if self._digests is not None:
                     self._check((offset + at) // self._block_size, out[at:end])
-                at = end
             else:
-                at += self._copy_unit(run.value + ordinal, out[at:], offset + at, unit_bytes - within)
+                if unit is None:
+                    payload, length = self._map.payloads[index], self._map.payload_lengths[index]
+                    unit = self._units.read(index, payload, length, unit_bytes)
+                stop = min(unit_bytes, within + len(out) - at)
+                if self._digests is not None:
+                    self._check_part(unit, within, stop, offset + at)
+                end = at + stop - within
+                out[at:end] = unit[within:stop]
+            at = end
 
-    def _copy_unit(self, index: int, out: memoryview, offset: int, limit: int) -> int:
-        """What one unit has from byte `offset` of the image on, at most `limit` bytes; returns how much."""
-        unit = self._units.cached(index)
-        if unit is None:
-            unit = self._units.read(index, self._map.op(index), self._map.payloads[index])
-        size, new_block = self._block_size, self._map.new_blocks[index]
-        within = offset - new_block * size
-        length = min(limit, len(out), len(unit) - within)
-        if self._digests is not None:
-            # What is served, not the unit: a bit that changed in a raw unit costs one block.
-            first, end = within // size, -(-(within + length) // size)
-            self._check(new_block + first, memoryview(unit)[first * size : end * size])
-        out[:length] = unit if length == len(unit) else memoryview(unit)[within : within + length]
-        return length
-
-    def _decode(self, index: int, unit_blocks: int, out: memoryview) -> None:
+    def _decode(self, index: int, unit_bytes: int, out: memoryview) -> None:
         """Fill `out` with whole units from op `index` on; payloads that lie together are read together (COW-123)."""
-        size, decode = unit_blocks * self._block_size, self._decoder.decode
-        last = index + len(out) // size
+        if len(out) == unit_bytes:
+            length = self._map.payload_lengths[index]
+            # A raw one is read to where it belongs.
+            payload = out if length == unit_bytes else self._scratch(length)
+            self._payloads.read_into(payload, self._map.payloads[index])
+            unit = self._decoder.decode(payload, unit_bytes, op_index=index)
+            if unit is not out:
+                out[:] = unit
+            return
+        decode = self._decoder.decode
+        last = index + len(out) // unit_bytes
         starts = self._map.payloads[index:last].tolist()
         lengths = self._map.payload_lengths[index:last].tolist()
         at = 0
         for first, stop in _together(starts, lengths):
             begin = starts[first]
-            raw = memoryview(bytearray(starts[stop - 1] + lengths[stop - 1] - begin))
+            raw = self._scratch(starts[stop - 1] + lengths[stop - 1] - begin)
             self._payloads.read_into(raw, begin)
             for i in range(first, stop):
                 taken = starts[i] - begin
-                out[at : at + size] = decode(raw[taken : taken + lengths[i]], size, op_index=index + i)
-                at += size
+                out[at : at + unit_bytes] = decode(raw[taken : taken + lengths[i]], unit_bytes, op_index=index + i)
+                at += unit_bytes
+
+    def _scratch(self, length: int) -> memoryview:
+        """Room for payloads, the same every time; at most a batch, or the largest payload there is."""
+        if len(self._room) < length:
+            self._room = memoryview(bytearray(length))
+        return self._room[:length]
+
+    def _check_part(self, unit: memoryview, within: int, stop: int, offset: int) -> None:
+        """Check the blocks that bytes [within, stop) of a unit touch; the first of these is byte `offset` of the image.
+
+        What is served, not the unit: a bit that changed in a raw unit costs one block.
+        """
+        size = self._block_size
+        self._check(offset // size, unit[within - within % size : -(-stop // size) * size])
 
     def _check(self, block: int, content: memoryview) -> None:
         """`CowError` naming the first of these whole blocks that is not what its digest says; 0 is not known."""
         assert self._digests is not None
         size = self._block_size
+        if len(content) == size and xxh3_64_intdigest(content) == self._digests[block]:
+            return
         found = [xxh3_64_intdigest(content[at : at + size]) for at in range(0, len(content), size)]
         wanted = self._digests[block : block + len(found)].tolist()
         if found == wanted:
