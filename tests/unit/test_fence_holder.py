@@ -35,6 +35,8 @@ def test_the_recorded_process_is_found(fence_fd: int) -> None:
         json.dumps({"pid": os.getpid(), "start_time": 1}).encode(),
         json.dumps({"pid": 1 << 22, "start_time": 1}).encode(),
     ],
+    # Not by content: a pid would be another one in every process that collects the tests.
+    ids=["nothing", "not JSON", "no fields", "a list", "no start time", "another start time", "no such process"],
 )
 def test_nobody_is_found(fence_fd: int, identity: bytes) -> None:
     """DMU-185: nobody ever held it, or its pid belongs to somebody else now; then nobody is killed."""
