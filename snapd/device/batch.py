@@ -25,6 +25,11 @@ class Batch:
         # One for whoever still adds.
         self.pending = 1
 
+    @property
+    def first_error(self) -> int:
+        """An errno number if anything failed, else 0."""
+        return next(iter(self.errors.values()), 0)
+
     def seal(self) -> None:
         """Nothing more will be added; calls `on_ready` when everything is done already."""
         self.pending -= 1

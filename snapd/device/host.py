@@ -11,7 +11,7 @@ import signal
 import socket
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snapd.block.clock import Clock
 from snapd.block.errors import SnapdError
@@ -20,10 +20,8 @@ from snapd.cow.image.extentmap import ExtentMap
 from snapd.device.allocation import Allocation
 from snapd.device.config import Descriptors, DeviceConfig, Policy, Route
 from snapd.device.control import ControlPort
-from snapd.device.daemons import Daemons
 from snapd.device.datapath import DataPath
 from snapd.device.export import Export
-from snapd.device.fuseexport import FuseExport
 from snapd.device.loop import READABLE, Loop
 from snapd.device.routes import Routes, SnapshotRoutes, WholeRoute
 from snapd.device.slowio import SlowIo
@@ -31,7 +29,6 @@ from snapd.device.supervisor import Process, Supervisor
 from snapd.device.traffic import Traffic
 from snapd.dmuser.arena import map_arena
 from snapd.dmuser.arenachannel import ArenaChannel
-from snapd.dmuser.listener import ChannelListener
 from snapd.dmuser.target import Target
 from snapd.merge.sharedmap import SharedMap
 from snapd.proc import fence
@@ -39,10 +36,14 @@ from snapd.proc.child import Child
 from snapd.proc.control import Message
 from snapd.proc.log import Log
 
+if TYPE_CHECKING:
+    from snapd.device.daemons import Daemons
+    from snapd.device.fuseexport import FuseExport
+
 DRAIN_MS = 5000
 """So long may requests in flight take when the host is told to stop."""
-SPIN_US, SPIN_REQUESTS = 50, 2
-"""With so few requests in flight the loop stays awake for so long: a sleep costs a client of depth 1 as much again."""
+SPIN_US, SPIN_BYTES = 50, 8 << 10
+"""With no more in flight than that the loop stays awake for so long: a sleep would cost as much as the request."""
 EVICT_MS = 5000
 TIMER_MS = 10
 """Timers run so late at most, and so seldom while requests keep coming: looking at them costs as much as a request."""
@@ -92,10 +93,7 @@ class Host:
                 traffic=self._traffic,
                 log=log,
             )
-            self._fuse = [
-                FuseExport(self._loop, fd, self._path, traffic=self._traffic, clock=clock, log=log)
-                for fd in self._given("fuse")
-            ]
+            self._fuse = [self._serve_fuse(fd) for fd in self._given("fuse")]
             self._control = ControlPort(
                 self._loop, socket.socket(fileno=descriptors["control_listener"]), connection, self._do_verb
             )
@@ -107,7 +105,7 @@ class Host:
 
     def run(self) -> None:
         """Serve until told to stop; ETIMEDOUT when the worker could not be ended."""
-        while not self._is_done():
+        while self._stop_deadline_ms is None or not self._is_done():
             self._settle()
             self._loop.run_once(self._run_timers(), self._spin_us())
         self._export.close()
@@ -116,7 +114,7 @@ class Host:
             self._backing.stop()
 
     def _settle(self) -> None:
-        path, backing = self._path, self._backing
+        path, backing, export = self._path, self._backing, self._export
         while True:
             path.submit_waiting()
             if backing is not None:
@@ -124,9 +122,9 @@ class Host:
             if path.can_submit:
                 continue
             path.read_local()
-            parsed = self._export.flush()
+            parsed = export.flush()
             path.read_cold()
-            if not parsed and not path.can_submit and not path.can_read_local and not self._export.has_replies:
+            if not (parsed or path.can_submit or path.can_read_local or export.has_replies):
                 return
 
     def _run_timers(self) -> int | None:
@@ -148,11 +146,12 @@ class Host:
 
     def _spin_us(self) -> int:
         """For how long the next event is worth waiting for awake: one request at a time comes back within that."""
-        return SPIN_US if self._target.in_flight <= SPIN_REQUESTS else 0
+        is_busy = self._export.in_flight_bytes > SPIN_BYTES or any(fuse.in_flight > 1 for fuse in self._fuse)
+        return 0 if is_busy else SPIN_US
 
     def _is_done(self) -> bool:
-        if self._stop_deadline_ms is None:
-            return False
+        """Whether what was in flight when we were told to stop is answered, or has had its time."""
+        assert self._stop_deadline_ms is not None
         is_idle = self._export.is_idle and not any(fuse.in_flight for fuse in self._fuse)
         return is_idle or self._clock.now_ms() >= self._stop_deadline_ms
 
@@ -220,12 +219,21 @@ class Host:
             "reads_to_worker": self._path.reads_to_worker,
         }
 
-    def _make_backing(self, *, replaces: bool) -> Supervisor | Daemons | None:
+    def _serve_fuse(self, fd: int) -> "FuseExport":
+        # Here, not above, as the listener below: most devices have no use for it, and a start must be quick.
+        from snapd.device.fuseexport import FuseExport
+
+        return FuseExport(self._loop, fd, self._path, traffic=self._traffic, clock=self._clock, log=self._log)
+
+    def _make_backing(self, *, replaces: bool) -> "Supervisor | Daemons | None":
         """Who answers the target's messages."""
         match self._config.route:
             case Route.RAW:
                 return None
             case Route.EXTERNAL:
+                from snapd.device.daemons import Daemons
+                from snapd.dmuser.listener import ChannelListener
+
                 listener = ChannelListener(self._target, socket.socket(fileno=self._descriptors["daemon_listener"]))
                 return Daemons(self._loop, self._target, listener, self._log)
             case _:

@@ -6,8 +6,6 @@ room stays where it is, and everything behind it too.
 """
 
 import errno
-from collections.abc import Callable
-from typing import Protocol
 
 from snapd.block.bio import MAX_BIO_BYTES, SECTOR_BYTES, BioOp
 from snapd.block.clock import Clock
@@ -15,6 +13,7 @@ from snapd.block.errors import SnapdError
 from snapd.device.allocation import Allocation
 from snapd.device.batch import Batch
 from snapd.device.datapath import DataPath
+from snapd.device.largeread import LargeRead
 from snapd.device.nbd import (
     ALLOCATION_CONTEXT_ID,
     EXTENT,
@@ -29,15 +28,15 @@ from snapd.device.nbd import (
     CommandFlag,
 )
 from snapd.device.replies import ReplyBatch, ReplyForm
+from snapd.device.singles import Client, Single
 from snapd.device.traffic import Traffic
-from snapd.dmuser.arena import Arena, Region
+from snapd.device.writing import Writing
+from snapd.dmuser.arena import Arena
 
 MIN_CHARGE_BYTES = 4096
 """What the smallest request costs, so that credit also bounds their number."""
 BATCH_BYTES = (256 + 4) << 10
 """A batch is closed when it has so much: what is behind it is worked on while it leaves."""
-WRITE_PIECE_BYTES = 256 << 10
-"""WRITE payload goes on in pieces of this size."""
 _UNCUT_BYTES = 4096
 """Not worth cutting into what the store and what the worker serves: the worker can serve all of it."""
 _EXTENTS = 1024
@@ -63,94 +62,6 @@ _OPS = {
 }
 
 
-class Client(Protocol):
-    """What the requests need of their connection."""
-
-    @property
-    def free_credit_bytes(self) -> int:
-        """What may be taken with `take_credit` right now."""
-        ...
-
-    def take_credit(self, charge_bytes: int) -> None:
-        """Take so much of `free_credit_bytes`."""
-        ...
-
-    def admit(self, charge_bytes: int) -> bool:
-        """Take credit for a request, or be called again when there is some."""
-        ...
-
-    def release(self, charge_bytes: int) -> None:
-        """Give credit back."""
-        ...
-
-    def wait_for_room(self, ring: Arena) -> None:
-        """Be called again when this part of the arena has room."""
-        ...
-
-    def send(self, pieces: list[memoryview | bytes], charge_bytes: int, region: Region | None) -> None:
-        """Send a reply, then give its credit and its region back."""
-        ...
-
-
-class Single(Batch):
-    """A request that has a reply of its own."""
-
-    __slots__ = ("charge_bytes", "command", "cookie", "length", "started_us")
-
-    def __init__(
-        self,
-        on_ready: Callable[[Batch], None],
-        command: Command,
-        cookie: int,
-        length: int,
-        charge_bytes: int,
-        started_us: int,
-    ) -> None:
-        super().__init__(None, on_ready)
-        self.command = command
-        self.cookie = cookie
-        self.length = length
-        self.charge_bytes = charge_bytes
-        self.started_us = started_us
-
-
-class Write:
-    """A WRITE whose payload is still coming, `left_bytes` of it: cut into pieces, so its length costs no memory.
-
-    What has come of a piece waits in a buffer of its own: a client that goes silent holds no credit and no room.
-    """
-
-    def __init__(self, request: Single, offset: int, *, fua: bool) -> None:
-        self.request = request
-        self.offset = offset
-        self.left_bytes = request.length
-        self.fua = fua
-        self.filled_bytes = 0
-        self._buffer: memoryview | None = None
-
-    @property
-    def piece_bytes(self) -> int:
-        """Size of the present piece."""
-        return min(WRITE_PIECE_BYTES, self.left_bytes)
-
-    @property
-    def buffer(self) -> memoryview:
-        """The present piece, of which `filled_bytes` have come."""
-        if self._buffer is None:
-            self._buffer = memoryview(bytearray(self.piece_bytes))
-        return self._buffer[: self.piece_bytes]
-
-
-class LargeRead:
-    """A READ that is too large for the arena, or of parts of sectors: read in pieces into a reply of its own."""
-
-    def __init__(self, request: Single, reply: bytearray, offset: int) -> None:
-        self.request = request
-        self.reply = reply
-        self.at = len(reply) - request.length
-        self.offset = offset
-
-
 class Requests:
     """Takes requests from `received` and answers through `client`."""
 
@@ -171,8 +82,8 @@ class Requests:
         self._form = form
         self._clock = clock
         self._traffic = traffic
-        self._is_open = True
-        self._write: Write | None = None
+        self._writing: Writing | None = None
+        self._large_reads: set[LargeRead] = set()
         self._skip_bytes = 0
         self._started_us = 0
         self._remote: ReplyBatch | None = None
@@ -192,30 +103,28 @@ class Requests:
     @property
     def is_inside_write(self) -> bool:
         """Whether the client owes us payload."""
-        return self._write is not None
+        return self._writing is not None
 
     def payload_place(self) -> memoryview | None:
         """Where the next bytes of the client belong, if they are payload and more than what a receive takes in."""
-        write = self._write
-        if write is None or write.piece_bytes < WRITE_PIECE_BYTES or write.filled_bytes == write.piece_bytes:
-            return None
-        return write.buffer[write.filled_bytes :]
+        return None if self._writing is None else self._writing.place()
 
     def payload_received(self, length: int) -> None:
         """So many bytes have come to `payload_place`; `take` goes on from there."""
-        assert self._write is not None
-        self._write.filled_bytes += length
+        assert self._writing is not None
+        self._writing.received(length)
 
     def close(self) -> None:
         """The client is gone: what is in flight ends unheard."""
-        self._is_open = False
+        for read in self._large_reads:
+            read.cancel()
         self.drop_write()
 
     def drop_write(self) -> None:
         """Forget the write whose payload is still coming; it goes unanswered, since the rest will not be taken."""
-        if self._write is not None:
-            self._client.release(self._write.request.charge_bytes)
-            self._write = None
+        if self._writing is not None:
+            self._client.release(self._writing.request.charge_bytes)
+            self._writing = None
 
     def _take(self, received: memoryview, start: int, end: int) -> tuple[int, bool]:
         header_bytes = REQUEST.size
@@ -224,10 +133,11 @@ class Requests:
                 skipped = min(self._skip_bytes, end - start)
                 start += skipped
                 self._skip_bytes -= skipped
-            if self._write is not None:
-                start, refused = self._take_payload(received, start, end)
-                if refused or self._write is not None:
+            if self._writing is not None:
+                start, refused = self._writing.take(received, start, end)
+                if not self._writing.is_complete:
                     return start, refused
+                self._writing = None
             start, refused = self._take_reads(received, start, end)
             if refused or end - start < header_bytes:
                 return start, refused
@@ -370,12 +280,12 @@ class Requests:
         path, length, fua = self._path, request.length, bool(flags & _FUA)
         match request.command:
             case Command.READ:
-                reply = bytearray(self._form.read_header_bytes + length)
-                self._form.write_read_header(memoryview(reply), 0, request.cookie, offset, length)
-                self._read_next(LargeRead(request, reply, offset))
+                read = LargeRead(request, offset, self._form, path, self._large_read_done)
+                self._large_reads.add(read)
+                read.go_on()
                 return
             case Command.WRITE:
-                self._write = Write(request, offset, fua=fua)
+                self._writing = Writing(request, offset, fua=fua, path=path, client=self._client)
                 return
             case Command.FLUSH:
                 path.flush(request, 0)
@@ -417,95 +327,16 @@ class Requests:
     def _single_ready(self, batch: Batch) -> None:
         """A write, flush, trim or write-zeroes is over."""
         assert isinstance(batch, Single)
-        number = next(iter(batch.errors.values()), 0)
+        number = batch.first_error
         us = self._clock.now_us() - batch.started_us
         self._traffic.count(_OPS[batch.command], batch.length, us, failed=bool(number))
         self._client.send([self._form.plain(batch.cookie, number)], batch.charge_bytes, None)
 
-    def _take_payload(self, received: memoryview, start: int, end: int) -> tuple[int, bool]:
-        """Go on with the write whose payload comes next; like `_take`."""
-        write = self._write
-        assert write is not None
-        while write.left_bytes:
-            size = write.piece_bytes
-            if not write.filled_bytes and end - start >= size:
-                if not self._write_piece(write, received[start : start + size]):
-                    return start, True
-                start += size
-                continue
-            have = min(end - start, size - write.filled_bytes)
-            if have:
-                write.buffer[write.filled_bytes : write.filled_bytes + have] = received[start : start + have]
-                start += have
-                write.filled_bytes += have
-            if write.filled_bytes < size:
-                return start, False
-            if not self._write_piece(write, write.buffer):
-                return start, True
-            write.filled_bytes = 0
-        self._write = None
-        write.request.seal()
-        return start, False
-
-    def _write_piece(self, write: Write, payload: memoryview) -> bool:
-        """Begin to write a piece; False when it has to wait."""
-        size = len(payload)
-        ring = self._path.arena
-        region = self._path.allocate(ring, size)
-        if region is None:
-            self._client.wait_for_room(ring)
-            return False
-        if not self._client.admit(size):
-            region.free()
-            return False
-        self._memory[region.start : region.end] = payload
-        request = write.request
-        request.pending += 1
-
-        def piece_ready(piece: Batch) -> None:
-            region.free()
-            self._client.release(size)
-            request.piece_done(0, next(iter(piece.errors.values()), 0))
-
-        piece = Batch(region, piece_ready)
-        self._path.write(piece, 0, region.start, write.offset, size, fua=write.fua)
-        piece.seal()
-        write.offset += size
-        write.left_bytes -= size
-        return True
-
-    def _read_next(self, read: LargeRead) -> None:
-        """Read the next piece of a large read, or send it: whole sectors around what is still missing."""
+    def _large_read_done(self, read: LargeRead) -> None:
         request = read.request
-        missing = len(read.reply) - read.at
-        number = next(iter(request.errors.values()), 0)
-        if number or not missing or not self._is_open:
-            us = self._clock.now_us() - request.started_us
-            self._traffic.count_reads(1, request.length, us, bool(number))
-            reply = self._form.plain(request.cookie, number) if number else memoryview(read.reply)
-            self._client.send([reply], request.charge_bytes, None)
-            return
-        skip = read.offset % SECTOR_BYTES
-        step = min(missing, MAX_BIO_BYTES - skip)
-        length = -(-(skip + step) // SECTOR_BYTES) * SECTOR_BYTES
-        offset = read.offset - skip
-        ring = self._path.local if self._path.is_local(offset, length) else self._path.arena
-        region = self._path.allocate(ring, length)
-        if region is None:
-            self._path.wait_for_room(lambda: self._read_next(read), ring)
-            return
-
-        def piece_ready(piece: Batch) -> None:
-            if piece.errors:
-                request.errors.update(piece.errors)
-            else:
-                place = region.start + skip
-                read.reply[read.at : read.at + step] = self._memory[place : place + step]
-            region.free()
-            read.at += step
-            read.offset += step
-            self._read_next(read)
-
-        piece = Batch(region, piece_ready)
-        self._path.read(piece, 0, region.start, offset, length)
-        piece.seal()
+        self._large_reads.discard(read)
+        number = request.first_error
+        us = self._clock.now_us() - request.started_us
+        self._traffic.count_reads(1, request.length, us, bool(number))
+        reply = self._form.plain(request.cookie, number) if number else memoryview(read.reply)
+        self._client.send([reply], request.charge_bytes, None)

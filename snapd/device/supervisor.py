@@ -101,13 +101,14 @@ class Supervisor:
 
     def send(self) -> None:
         """Hand the target's messages to the worker, as far as its socket takes them."""
-        if self._channel is None:
+        channel = self._channel
+        if channel is None or not (self._target.queued or channel.wants_to_send):
             return
-        self._channel.send()
-        interest = READABLE | (WRITABLE if self._channel.wants_to_send else 0)
+        channel.send()
+        interest = READABLE | (WRITABLE if channel.wants_to_send else 0)
         if interest != self._channel_interest:
             self._channel_interest = interest
-            self._loop.change(self._channel.fileno(), interest)
+            self._loop.change(channel.fileno(), interest)
 
     def next_deadline_ms(self) -> int | None:
         """When `expire` will have something to do."""

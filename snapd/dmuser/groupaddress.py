@@ -6,8 +6,8 @@ GROUP matches `[A-Za-z0-9._-]{1,32}`; MEMBER only makes the address one of its o
 it is in the byte stream, so neither a target that knows no groups nor a daemon that offers none sees a difference.
 """
 
+import os
 import re
-import secrets
 
 _PREFIX = b"\0dm-user-group/"
 _ADDRESS = re.compile(re.escape(_PREFIX) + rb"([A-Za-z0-9._-]{1,32})/[A-Za-z0-9._-]{1,32}", re.DOTALL)
@@ -15,7 +15,7 @@ _ADDRESS = re.compile(re.escape(_PREFIX) + rb"([A-Za-z0-9._-]{1,32})/[A-Za-z0-9.
 
 def new_address(group: str) -> bytes:
     """An address to bind a daemon's socket to, as one more member of `group`."""
-    address = _PREFIX + group.encode() + b"/" + secrets.token_hex(8).encode()
+    address = _PREFIX + group.encode() + b"/" + os.urandom(8).hex().encode()
     assert _ADDRESS.fullmatch(address), group
     return address
 

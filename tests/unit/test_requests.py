@@ -27,7 +27,8 @@ from snapd.device.nbd import (
     Command,
     CommandFlag,
 )
-from snapd.device.requests import MIN_CHARGE_BYTES, WRITE_PIECE_BYTES
+from snapd.device.requests import MIN_CHARGE_BYTES
+from snapd.device.writing import WRITE_PIECE_BYTES
 from snapd.dmuser.message import Flag
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = Command
