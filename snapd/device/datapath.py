@@ -23,6 +23,7 @@ from snapd.dmuser.target import Target
 
 LOCAL_BYTES = 4 << 20
 """The end of the arena's memory that serves what is passed down: it never waits for a worker."""
+_LOCAL_AT_ONCE = 256 << 10
 _ROOM_BYTES = MAX_BIO_BYTES + SECTOR_BYTES
 """Enough for any reply that lies in the arena: below it, who waits for room goes on waiting."""
 _MAX_ZEROES_BYTES = 32 << 20
@@ -227,18 +228,27 @@ class DataPath:
         return bool(self._local)
 
     def read_local(self) -> None:
-        """Read what is passed down, as far as that takes no disk; the rest is being fetched afterwards."""
+        """Read what is passed down, as far as that takes no disk; the rest is being fetched afterwards.
+
+        After `_LOCAL_AT_ONCE` bytes it stops, so that what has been read leaves while it is in the processor's cache.
+        """
         if not self._local:
             return
         local, self._local = self._local, []
         assert self._store is not None
         read_cached, memory = self._store.read_cached, self.memory
-        for entry in local:
+        left_bytes = _LOCAL_AT_ONCE
+        for number, entry in enumerate(local):
             _, _, place, offset, length = entry
             if read_cached(memory[place : place + length], offset):
                 self._believe(entry)
             else:
                 self._cold.append(entry)
+            left_bytes -= length
+            if left_bytes <= 0:
+                # In front of what the end of a piece may have begun.
+                self._local[:0] = local[number + 1 :]
+                return
 
     def read_cold(self) -> None:
         """Wait for what is being fetched."""

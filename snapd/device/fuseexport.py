@@ -36,7 +36,7 @@ from snapd.device.fuse import (
 )
 from snapd.device.loop import GONE, READABLE, Loop
 from snapd.device.traffic import Traffic
-from snapd.dmuser.arena import Region
+from snapd.dmuser.arena import Arena, Region
 from snapd.proc.log import Log
 
 MAX_REQUESTS = 256
@@ -152,9 +152,9 @@ class FuseExport:
             if self._places is None:
                 tail = self._nowhere
             else:
-                place = place or self._places.allocate(MAX_IO_BYTES)
+                place = place or self._path.allocate(self._places, MAX_IO_BYTES)
                 if place is None:
-                    self._wait_for_room()
+                    self._wait_for_room(self._places)
                     break
                 tail = self._memory[place.start : place.end]
             try:
@@ -209,10 +209,10 @@ class FuseExport:
         if place is None:
             # What the host serves itself must not wait for what a worker keeps.
             arena = self._path.local if self._path.is_local(offset, length) else self._path.arena
-            place = arena.allocate(length)
+            place = self._path.allocate(arena, length)
             if place is None:
                 self._held = (unique, offset, length)
-                self._wait_for_room()
+                self._wait_for_room(arena)
                 return False
         else:
             place.shrink(place.start + length)
@@ -268,9 +268,9 @@ class FuseExport:
         self.in_flight_bytes += request.length
         return request
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, ring: Arena) -> None:
         self._loop.change(self._fd, 0)
-        self._path.wait_for_room(self._resume)
+        self._path.wait_for_room(self._resume, ring)
 
     def _resume(self) -> None:
         if not self._is_receiving:

@@ -20,8 +20,8 @@ from snapd.proc.log import Log
 from snapd.worker.backend import Backend, answer_to, describe
 
 _RECEIVE_BYTES = 256 << 10
-_ANSWERS_AT_ONCE = 32
-"""Answers are sent when there are so many, so that the target works while we go on."""
+_PAYLOAD_AT_ONCE = 128 << 10
+"""Answers are sent when their payload has come to so much, so that the target works while we go on."""
 _TYPE = struct.Struct("<Q")
 _TYPE_OFFSET = 8
 _READ = int(BioOp.READ)
@@ -68,8 +68,8 @@ class ArenaService:
     def _serve(self, end: int) -> None:
         """Work off the headers before byte `end`, each of which becomes its own answer."""
         headers, arena, read_into = self._headers, self._arena, self._backend.read_into
-        arena_bytes, batch_bytes = len(arena), _ANSWERS_AT_ONCE * HEADER_BYTES
-        at = sent = 0
+        arena_bytes = len(arena)
+        at = sent = payload = 0
         for seq, op, flags, sector, length in HEADER.iter_unpack(headers[:end]):
             place = flags >> PLACE_SHIFT
             stop = place + length
@@ -86,8 +86,9 @@ class ArenaService:
                 self._log.line(describe(Request(seq, op, flags & FLAGS_MASK, sector, length), error))
                 _TYPE.pack_into(headers, at + _TYPE_OFFSET, answer_to(error))
             at += HEADER_BYTES
-            if at - sent == batch_bytes:
+            payload += length
+            if payload >= _PAYLOAD_AT_ONCE:
                 self._end.send(headers[sent:at])
-                sent = at
+                sent, payload = at, 0
         if at > sent:
             self._end.send(headers[sent:at])

@@ -18,7 +18,7 @@ from snapd.proc.deaths import CRASH_LOOP_DEATHS
 
 FIO = (
     *("fio", "--name=verify", "--ioengine=io_uring", "--direct=1", "--rw=randrw", "--bs=4k", "--iodepth=16"),
-    *("--verify=crc32c", "--verify_backlog=256", "--verify_fatal=1", "--randseed=1"),
+    *("--verify=crc32c", "--verify_backlog=256", "--verify_fatal=1", "--verify_state_save=0", "--randseed=1"),
 )
 
 

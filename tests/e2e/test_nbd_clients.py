@@ -304,6 +304,7 @@ def test_fio_verifies(large: Served, over: str) -> None:
     verify = (
         "--rw=randwrite",
         "--verify=crc32c",
+        "--verify_state_save=0",
         "--verify_fatal=1",
         "--do_verify=1",
         "--bsrange=4k-256k",
@@ -334,6 +335,7 @@ def test_file_system_over_nbdfuse(large: Served) -> None:
                 "--bs=4k",
                 "--size=8m",
                 "--verify=crc32c",
+                "--verify_state_save=0",
                 "--end_fsync=1",
             )
         finally:
