@@ -5,10 +5,12 @@ A successor is started only when its predecessor's exit has been seen and its la
 
 Five workers within a minute that die without having answered anything are a crash loop: no further one is started, and
 the target fails everything at once. A worker that has answered shows that workers can serve, so whatever ended it, it
-is replaced at once, however often; and a request that ends each worker it is given to fails by itself after so many
-replays (DMU-148). Where workers are not to be replaced, everything fails after the first death.
+is replaced at once, however often. One that somebody killed while requests waited for it shows little, and counts a
+quarter. A request that ends each worker it is given to fails by itself after so many replays (DMU-148). Where workers
+are not to be replaced, everything fails after the first death.
 """
 
+import signal
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Protocol
@@ -23,6 +25,11 @@ from snapd.proc.log import Log
 
 START_RETRY_MS = 1000
 """Pause after a start that failed in this process, for want of memory or descriptors."""
+KILLS_A_DEATH = 4
+"""So many workers killed under waiting requests count as one that died."""
+EXIT_MS = 500
+"""So long may a worker take to exit after it has hung up; then it is killed."""
+_KILLED = 128 + signal.SIGKILL
 STOP_TIMEOUT_MS = 5000
 
 
@@ -75,6 +82,9 @@ class Supervisor:
         self._channel: ArenaChannel | None = None
         self._channel_interest = READABLE
         self._has_answered = False
+        self._was_killed = self._killed_by_us = False
+        self._kills = 0
+        self._exit_deadline_ms: int | None = None
         self._deaths = DeathCount()
         self._retry_ms: int | None = None
 
@@ -86,7 +96,7 @@ class Supervisor:
     def start(self) -> None:
         """Start a worker."""
         self._retry_ms = None
-        self._has_answered = False
+        self._has_answered = self._was_killed = self._killed_by_us = False
         try:
             self._process, self._channel = self._start_worker()
         except SnapdError as error:
@@ -112,14 +122,16 @@ class Supervisor:
 
     def next_deadline_ms(self) -> int | None:
         """When `expire` will have something to do."""
-        deadlines = [d for d in (self._retry_ms, self._target.next_deadline_ms()) if d is not None]
-        return min(deadlines, default=None)
+        deadlines = (self._retry_ms, self._exit_deadline_ms, self._target.next_deadline_ms())
+        return min((d for d in deadlines if d is not None), default=None)
 
     def expire(self) -> None:
         """Replace a worker that is stuck, try a failed start again, and let the target's timers run."""
         if self._target.stuck_channel() is not None:
             self._drop_worker("stuck: a request has not been answered in time")
         self._target.expire()
+        if self._exit_deadline_ms is not None and self._exit_deadline_ms <= self._clock.now_ms():
+            self._kill()
         if self._retry_ms is not None and self._retry_ms <= self._clock.now_ms():
             self.restarts += 1
             self.start()
@@ -152,7 +164,17 @@ class Supervisor:
         self._close_channel()
         if self._process is None:
             self._replace()
+        elif reason:
+            self._kill()
         else:
+            # Whoever was killed hangs up just before it is reported; let it tell how it ended.
+            self._exit_deadline_ms = self._clock.now_ms() + EXIT_MS
+
+    def _kill(self) -> None:
+        """Kill the worker ourselves, which then says nothing of who ended it."""
+        self._exit_deadline_ms = None
+        self._killed_by_us = True
+        if self._process is not None:
             self._process.kill()
 
     def _on_exit(self, _events: int) -> None:
@@ -161,6 +183,8 @@ class Supervisor:
         self._loop.forget(self._process.pidfd)
         status = self._process.wait(0)
         self._process = None
+        self._exit_deadline_ms = None
+        self._was_killed = status == _KILLED and not self._killed_by_us
         self._log.line(f"worker {pid} ended with status {status}")
         self.state = WorkerState.RESTARTING
         # Its last answers may still lie in the socket; the end of the stream follows them.
@@ -177,16 +201,23 @@ class Supervisor:
         if not self._replaces:
             self.state = WorkerState.FAILED
             self._log.line("the worker is gone and is not replaced: requests fail from now on")
-        elif not self._has_answered and self._deaths.is_crash_loop(self._clock.now_ms()):
+            self._target.give_up()
+            return False
+        if self._has_answered:
+            return True
+        if self._was_killed and self._target.queued:
+            self._kills += 1
+            if self._kills % KILLS_A_DEATH:
+                return True
+        if self._deaths.is_crash_loop(self._clock.now_ms()):
             self.state = WorkerState.CRASH_LOOP
             self._log.line(
                 f"{CRASH_LOOP_DEATHS} workers died within {CRASH_LOOP_MS} ms before they answered anything: "
                 "requests fail from now on"
             )
-        else:
-            return True
-        self._target.give_up()
-        return False
+            self._target.give_up()
+            return False
+        return True
 
     def _close_channel(self) -> None:
         if self._channel is not None:

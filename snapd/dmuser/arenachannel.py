@@ -16,14 +16,10 @@ _ANSWERS = struct.Struct("<QQ24x")
 
 
 class ArenaChannel:
-    """One connected daemon. Owns the socket; the caller waits for readiness and calls `send` and `receive`.
-
-    `has_answered` says that the daemon has answered a request that it was given.
-    """
+    """One connected daemon. Owns the socket; the caller waits for readiness and calls `send` and `receive`."""
 
     def __init__(self, target: Target, connection: socket.socket) -> None:
         connection.setblocking(False)
-        self.has_answered = False
         self._socket = connection
         self._channel = target.open()
         self._headers = bytearray(_MESSAGES * HEADER_BYTES)
@@ -35,6 +31,11 @@ class ArenaChannel:
     def fileno(self) -> int:
         """The descriptor to wait on; -1 once closed."""
         return self._socket.fileno()
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether the daemon has answered a request that it was given."""
+        return self._channel.has_answered
 
     @property
     def wants_to_send(self) -> bool:
@@ -79,7 +80,6 @@ class ArenaChannel:
         if self._held_bytes:
             self._received[: self._held_bytes] = self._received[whole:end]
         self._channel.answer_all(answers)
-        self.has_answered = self.has_answered or whole > 0
         return True
 
     def close(self) -> None:

@@ -57,6 +57,7 @@ class Channel:
     def __init__(self, target: "Target", group: Group) -> None:
         self.is_open = True
         self.has_read = False
+        self.has_answered = False
         self.group = group
         self._target = target
         self._reading: deque[Message] = deque()
@@ -123,6 +124,7 @@ class Channel:
         message = self._awaiting.pop(seq, None)
         if message is None:
             raise self._poison(seq)
+        self.has_answered = True
         if code == Answer.SUCCESS and message.bio.op == BioOp.READ and message.bio.length:
             self._answering = message
             return message
@@ -142,6 +144,7 @@ class Channel:
                 message = pop(seq, None)
                 if message is None:
                     raise self._poison(seq)
+                self.has_answered = True
                 finish((message.bio, target.errno_of(code) if code else 0))
         finally:
             target.settle()

@@ -37,8 +37,10 @@ QUEUE_PAYLOAD_BYTES = 8 << 20
 WAITING_BIOS = 1024
 """So many bios may stand in line for room in the queue."""
 ATTACH_TIMEOUT_MS = 4000
-MAX_REPLAYS = 4
+MAX_REPLAYS = 16
 """So often is one message given to another daemon; a message that ends every daemon must end itself."""
+REPLAYS_AFTER_ANSWERS = 4
+"""So much counts a replay after a daemon that had answered others: one that had not may never have looked at it."""
 SUSPECTS = 32
 """So many of the oldest requests of a dead daemon may have ended it: it works in order, and answers so many at once.
 The others do not count as replayed, or a deep queue would not survive a few deaths in a row."""
@@ -299,7 +301,8 @@ class Target:
         again = []
         for place, message in enumerate(sorted(held, key=_by_number)):
             if self._may_replay(message, channel.group):
-                message.replays += place < SUSPECTS
+                if place < SUSPECTS:
+                    message.replays += REPLAYS_AFTER_ANSWERS if channel.has_answered else 1
                 again.append(message)
             else:
                 self.finished.append((message.bio, errno.EIO))

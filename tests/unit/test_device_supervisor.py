@@ -14,10 +14,10 @@ from snapd.block.bio import Bio, BioOp
 from snapd.block.clock import ManualClock
 from snapd.block.errors import SnapdError
 from snapd.device.loop import Loop
-from snapd.device.supervisor import START_RETRY_MS, Process, Supervisor, WorkerState
+from snapd.device.supervisor import EXIT_MS, KILLS_A_DEATH, START_RETRY_MS, Process, Supervisor, WorkerState
 from snapd.dmuser.arenachannel import ArenaChannel
 from snapd.dmuser.message import Answer
-from snapd.dmuser.target import MAX_REPLAYS, SUSPECTS, Target
+from snapd.dmuser.target import MAX_REPLAYS, REPLAYS_AFTER_ANSWERS, SUSPECTS, Target
 from snapd.proc.deaths import CRASH_LOOP_DEATHS, CRASH_LOOP_MS
 from snapd.proc.log import Log
 
@@ -35,6 +35,7 @@ class Worker:
         self.channel = channel
         self.killed = False
         self.reaped = False
+        self.status = 1
 
     def kill(self) -> None:
         self.killed = True
@@ -42,7 +43,7 @@ class Worker:
     def wait(self, timeout_ms: int | None = None) -> int:  # noqa: ARG002
         self.reaped = True
         os.close(self.pidfd)
-        return 137
+        return self.status
 
     def exit(self) -> None:
         """Die: the kernel closes the channel and then reports the exit."""
@@ -102,8 +103,9 @@ class Bench:
         self.worker.channel.sendall(pack_answer(seq, Answer.SUCCESS))
         self.turn()
 
-    def die(self, ms: int = 0) -> None:
+    def die(self, ms: int = 0, status: int = 1) -> None:
         """The worker dies, and time passes."""
+        self.worker.status = status
         self.worker.exit()
         self.turn(ms)
 
@@ -149,7 +151,9 @@ def test_death_is_followed_by_one_successor(bench: Bench) -> None:
 def test_successor_waits_for_the_exit(bench: Bench) -> None:
     """DMU-185: a worker that hangs up is killed, and nothing starts before its exit is reported."""
     bench.worker.channel.close()
-    bench.turn(5000)
+    bench.turn()
+    assert not bench.worker.killed
+    bench.turn(EXIT_MS)
     assert bench.worker.killed
     assert len(bench.workers) == 1
     assert bench.supervisor.state is WorkerState.RESTARTING
@@ -249,6 +253,52 @@ def test_deaths_without_an_answer_count_among_others(bench: Bench) -> None:
     assert bench.supervisor.state is WorkerState.CRASH_LOOP
 
 
+KILLED = 137
+
+
+def test_read_outlives_workers_that_are_killed_at_once(bench: Bench) -> None:
+    """DMU-148: a worker that was killed before it answered may never have looked at the read, and counts a quarter."""
+    result = bench.read()
+    kills = KILLS_A_DEATH * (CRASH_LOOP_DEATHS - 1)
+    assert kills >= MAX_REPLAYS
+    for _ in range(MAX_REPLAYS):
+        bench.turn()
+        bench.die(status=KILLED)
+        assert bench.supervisor.state is WorkerState.RUNNING
+    assert (result, bench.supervisor.restarts) == ([], MAX_REPLAYS)
+    bench.answer_one()
+    assert result == [0]
+
+
+def test_kills_without_end_are_a_crash_loop(bench: Bench) -> None:
+    """Nobody waits for ever for a worker that is always killed before it answers anything."""
+    for _ in range(KILLS_A_DEATH * CRASH_LOOP_DEATHS):
+        assert bench.supervisor.state is WorkerState.RUNNING
+        bench.read()
+        bench.turn()
+        bench.die(status=KILLED)
+    assert bench.supervisor.state is WorkerState.CRASH_LOOP
+
+
+def test_idle_workers_that_are_killed_are_a_crash_loop(bench: Bench) -> None:
+    """The death table: where nobody waits, five deaths of any kind are enough."""
+    for _ in range(CRASH_LOOP_DEATHS):
+        assert bench.supervisor.state is WorkerState.RUNNING
+        bench.die(status=KILLED)
+    assert bench.supervisor.state is WorkerState.CRASH_LOOP
+
+
+def test_our_own_kill_is_none_from_outside(bench: Bench) -> None:
+    """Workers that hang up, or get stuck, and do not go by themselves are a crash loop like those that crash."""
+    for _ in range(CRASH_LOOP_DEATHS):
+        bench.worker.channel.close()
+        bench.turn()
+        bench.turn(EXIT_MS)
+        assert bench.worker.killed
+        bench.die(status=KILLED)
+    assert bench.supervisor.state is WorkerState.CRASH_LOOP
+
+
 @pytest.mark.parametrize("code", [Answer.ERROR, Answer.UNSUPPORTED])
 def test_an_error_is_an_answer(bench: Bench, code: Answer) -> None:
     """A worker on a bad disk serves, too: its death is no sign that workers cannot come up."""
@@ -278,7 +328,7 @@ def test_request_that_ends_every_worker_ends_itself(bench: Bench) -> None:
     """DMU-148: after so many replays it fails, and workers that answer others before they die go on being replaced."""
     poison = bench.read()
     bench.turn()
-    for _ in range(MAX_REPLAYS):
+    for _ in range(MAX_REPLAYS // REPLAYS_AFTER_ANSWERS):
         good = bench.read()
         bench.turn()
         first = bench.worker.channel.recv(40)
@@ -292,7 +342,7 @@ def test_request_that_ends_every_worker_ends_itself(bench: Bench) -> None:
     bench.die()
     assert poison == [errno.EIO]
     assert bench.supervisor.state is WorkerState.RUNNING
-    assert bench.supervisor.restarts == MAX_REPLAYS + 1
+    assert bench.supervisor.restarts == MAX_REPLAYS // REPLAYS_AFTER_ANSWERS + 1
 
 
 def test_deep_queue_survives_many_deaths(bench: Bench) -> None:
@@ -310,7 +360,7 @@ def test_deep_queue_survives_many_deaths(bench: Bench) -> None:
             bench.answer_one()
         bench.die()
     assert results == [[0]] * (10 * SUSPECTS)
-    assert bench.supervisor.restarts == 10 > MAX_REPLAYS
+    assert bench.supervisor.restarts == 10 > MAX_REPLAYS // REPLAYS_AFTER_ANSWERS
 
 
 def test_nobody_is_started_where_workers_are_not_replaced(fail_fast: Bench) -> None:
@@ -344,6 +394,7 @@ def test_hang_up_fails_at_once_where_workers_are_not_replaced(fail_fast: Bench) 
     fail_fast.worker.channel.close()
     fail_fast.turn()
     assert result == [errno.EIO]
+    fail_fast.turn(EXIT_MS)
     assert fail_fast.worker.killed
     fail_fast.die()
     assert fail_fast.supervisor.state is WorkerState.FAILED
