@@ -5,9 +5,10 @@ A successor is started only when its predecessor's exit has been seen and its la
 
 Five workers within a minute that die without having answered anything are a crash loop: no further one is started, and
 the target fails everything at once. A worker that has answered shows that workers can serve, so whatever ended it, it
-is replaced at once, however often. One that somebody killed while requests waited for it shows little, and counts a
-quarter. A request that ends each worker it is given to fails by itself after so many replays (DMU-148). Where workers
-are not to be replaced, everything fails after the first death.
+is replaced at once, however often. One that somebody killed while requests waited for it shows nothing, and does not
+count; but when nobody has answered for `KILLED_MS` of that, it is a crash loop too. A request that ends each worker it
+is given to fails by itself after so many replays (DMU-148). Where workers are not to be replaced, everything fails
+after the first death.
 """
 
 import signal
@@ -25,8 +26,8 @@ from snapd.proc.log import Log
 
 START_RETRY_MS = 1000
 """Pause after a start that failed in this process, for want of memory or descriptors."""
-KILLS_A_DEATH = 4
-"""So many workers killed under waiting requests count as one that died."""
+KILLED_MS = 10_000
+"""So long are workers replaced that are killed under waiting requests, without one that has answered."""
 EXIT_MS = 500
 """So long may a worker take to exit after it has hung up; then it is killed."""
 _KILLED = 128 + signal.SIGKILL
@@ -83,7 +84,7 @@ class Supervisor:
         self._channel_interest = READABLE
         self._has_answered = False
         self._was_killed = self._killed_by_us = False
-        self._kills = 0
+        self._killed_since_ms: int | None = None
         self._exit_deadline_ms: int | None = None
         self._deaths = DeathCount()
         self._retry_ms: int | None = None
@@ -204,20 +205,26 @@ class Supervisor:
             self._target.give_up()
             return False
         if self._has_answered:
+            self._killed_since_ms = None
             return True
-        if self._was_killed and self._target.queued:
-            self._kills += 1
-            if self._kills % KILLS_A_DEATH:
-                return True
-        if self._deaths.is_crash_loop(self._clock.now_ms()):
+        if self._is_crash_loop():
             self.state = WorkerState.CRASH_LOOP
             self._log.line(
-                f"{CRASH_LOOP_DEATHS} workers died within {CRASH_LOOP_MS} ms before they answered anything: "
-                "requests fail from now on"
+                f"{CRASH_LOOP_DEATHS} workers died within {CRASH_LOOP_MS} ms, or were killed for {KILLED_MS} ms, before"
+                " one answered anything: requests fail from now on"
             )
             self._target.give_up()
             return False
         return True
+
+    def _is_crash_loop(self) -> bool:
+        """Whether the death of a worker that had answered nothing was one too many."""
+        now_ms = self._clock.now_ms()
+        if not (self._was_killed and self._target.queued):
+            return self._deaths.is_crash_loop(now_ms)
+        if self._killed_since_ms is None:
+            self._killed_since_ms = now_ms
+        return now_ms - self._killed_since_ms >= KILLED_MS
 
     def _close_channel(self) -> None:
         if self._channel is not None:

@@ -37,9 +37,9 @@ QUEUE_PAYLOAD_BYTES = 8 << 20
 WAITING_BIOS = 1024
 """So many bios may stand in line for room in the queue."""
 ATTACH_TIMEOUT_MS = 4000
-MAX_REPLAYS = 16
+MAX_REPLAYS = 512
 """So often is one message given to another daemon; a message that ends every daemon must end itself."""
-REPLAYS_AFTER_ANSWERS = 4
+REPLAYS_AFTER_ANSWERS = 128
 """So much counts a replay after a daemon that had answered others: one that had not may never have looked at it."""
 SUSPECTS = 32
 """So many of the oldest requests of a dead daemon may have ended it: it works in order, and answers so many at once.
