@@ -89,6 +89,7 @@ class NodeFile:
         # Each is somebody's turn to copy.
         self._reader_token = False
         self._writer_token = False
+        self._interrupts = 0
         self._unread: list[memoryview] = []
         self._scratch = bytearray()
         self._answering: Message | None = None
@@ -174,6 +175,16 @@ class NodeFile:
                 self._node.lock.wait()
             self._channel.close()
 
+    def interrupt(self) -> None:
+        """What a signal does to a thread that sleeps in a read: the read ends with EINTR and consumes nothing (DMU-55).
+
+        Python's own signals do not reach a thread that waits for a lock, and an exception from a handler may hit the
+        wait where the lock has no owner.
+        """
+        with self._node.lock:
+            self._interrupts += 1
+            self._node.lock.notify_all()
+
     def seek(self, _offset: int) -> int:
         """ESPIPE (DMU-126)."""
         raise SnapdError(errno.ESPIPE, "a control node has no positions")
@@ -200,10 +211,13 @@ class NodeFile:
 
     def _wait_to_read(self, *, begin: bool) -> None:
         """Return, under the lock, when the reader token is free and there is something to read; begin it if asked."""
+        interrupts = self._interrupts
         while True:
             self._check_open()
             if not self._reader_token and self._may_read():
                 break
+            if self._interrupts != interrupts:
+                raise SnapdError(errno.EINTR, "interrupted")
             if self._nonblocking:
                 raise SnapdError(errno.EAGAIN, "nothing to read now")
             self._node.trace("sleep")
