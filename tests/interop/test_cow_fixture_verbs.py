@@ -28,7 +28,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked files, to be read only."""
     place = tmp_path_factory.mktemp("reference")
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(place, filter="data")
+        # By attribute: the argument is younger than some Python 3.11.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(place)
     return place
 
 

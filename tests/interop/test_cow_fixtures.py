@@ -38,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked files."""
     place = tmp_path_factory.mktemp("reference")
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(place, filter="data")
+        # By attribute: the argument is younger than some Python 3.11.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(place)
     return place
 
 
