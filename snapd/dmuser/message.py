@@ -20,6 +20,9 @@ from snapd.block.bio import BioOp
 
 HEADER = struct.Struct("<QQQQQ")
 HEADER_BYTES = HEADER.size
+SUSPECTS = 32
+"""So many of the oldest requests of a dead daemon may have ended it: a worker goes in order and answers so many at once
+at most. The others do not count as replayed, or a deep queue would not survive a few deaths in a row."""
 
 
 class Answer(IntEnum):

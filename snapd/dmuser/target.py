@@ -30,7 +30,7 @@ from snapd.block.errors import SnapdError
 from snapd.dmuser.admission import ANDROID_ADMISSION, Admission
 from snapd.dmuser.filter import Filter, Rule
 from snapd.dmuser.inflight import Channel, Group, Message
-from snapd.dmuser.message import Answer, Flag
+from snapd.dmuser.message import SUSPECTS, Answer, Flag
 
 QUEUE_MESSAGES = 128
 QUEUE_PAYLOAD_BYTES = 8 << 20
@@ -41,9 +41,6 @@ MAX_REPLAYS = 512
 """So often is one message given to another daemon; a message that ends every daemon must end itself."""
 REPLAYS_AFTER_ANSWERS = 128
 """So much counts a replay after a daemon that had answered others: one that had not may never have looked at it."""
-SUSPECTS = 32
-"""So many of the oldest requests of a dead daemon may have ended it: it works in order, and answers so many at once.
-The others do not count as replayed, or a deep queue would not survive a few deaths in a row."""
 REPLAYED_OPS = frozenset({BioOp.READ, BioOp.WRITE, BioOp.FLUSH, BioOp.DISCARD, BioOp.WRITE_ZEROES})
 """Ops that may run twice (DMU-148)."""
 
@@ -131,9 +128,7 @@ class Target:
 
     def has_room_for(self, bio: Bio) -> bool:
         """Whether this bio may be submitted now."""
-        if bio.op == _WRITE:
-            return self.has_room(bio.length)
-        return len(self._queue) < QUEUE_MESSAGES and not self._waiting
+        return self.has_room(bio.length if bio.op == _WRITE else 0)
 
     def submit(self, bio: Bio) -> None:
         """Accept a bio; it is completed later, never inside this call unless a rule's handler does.

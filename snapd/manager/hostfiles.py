@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from snapd.block.errors import SnapdError
 from snapd.device.config import Descriptors, Route
-from snapd.dmuser.arena import ARENA_BYTES
+from snapd.dmuser.arena import create_arena
 from snapd.manager.paths import DevicePaths
 from snapd.manager.records import DeviceRecord
 from snapd.manager.tcpaddress import address_of, listen_tcp
@@ -41,8 +41,7 @@ class HostFiles:
             if record.route in (Route.SNAPSHOT, Route.WORKER):
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
                 made.files["worker_fence"] = os.open(paths.worker_fence, flags, 0o600)
-            made.files["arena"] = os.memfd_create("arena")
-            os.ftruncate(made.files["arena"], ARENA_BYTES)
+            made.files["arena"] = create_arena()
         except SnapdError:
             made.close(paths)
             raise

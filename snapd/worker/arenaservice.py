@@ -15,13 +15,15 @@ from snapd.block.bio import SECTOR_BYTES, BioOp
 from snapd.block.errors import SnapdError
 from snapd.dmuser.arena import FLAGS_MASK, PLACE_SHIFT
 from snapd.dmuser.client import ChannelEnd, ChannelError
-from snapd.dmuser.message import HEADER, HEADER_BYTES, Answer, Request
+from snapd.dmuser.message import HEADER, HEADER_BYTES, SUSPECTS, Answer, Request
 from snapd.proc.log import Log
 from snapd.worker.backend import Backend, answer_to, describe
 
 _RECEIVE_BYTES = 256 << 10
 _PAYLOAD_AT_ONCE = 128 << 10
 """Answers are sent when their payload has come to so much, so that the target works while we go on."""
+_LEAST_PAYLOAD = _PAYLOAD_AT_ONCE // SUSPECTS
+"""What the smallest request counts for: if it ends us, no more than `SUSPECTS` lie between it and the last answer."""
 _TYPE = struct.Struct("<Q")
 _TYPE_OFFSET = 8
 _READ = int(BioOp.READ)
@@ -86,7 +88,7 @@ class ArenaService:
                 self._log.line(describe(Request(seq, op, flags & FLAGS_MASK, sector, length), error))
                 _TYPE.pack_into(headers, at + _TYPE_OFFSET, answer_to(error))
             at += HEADER_BYTES
-            payload += length
+            payload += length if length > _LEAST_PAYLOAD else _LEAST_PAYLOAD
             if payload >= _PAYLOAD_AT_ONCE:
                 self._end.send(headers[sent:at])
                 sent, payload = at, 0

@@ -7,7 +7,8 @@ from dmurig import EIO, OK, Rig, Submitted, raises, read_one, serve
 
 from snapd.block.bio import SECTOR_BYTES, Bio, BioOp
 from snapd.block.errors import SnapdError
-from snapd.dmuser.target import MAX_REPLAYS, QUEUE_MESSAGES, QUEUE_PAYLOAD_BYTES, REPLAYED_OPS, SUSPECTS
+from snapd.dmuser.message import SUSPECTS
+from snapd.dmuser.target import MAX_REPLAYS, QUEUE_MESSAGES, QUEUE_PAYLOAD_BYTES, REPLAYED_OPS
 
 GRACE_MS = 10_000
 

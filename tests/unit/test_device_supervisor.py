@@ -16,8 +16,8 @@ from snapd.block.errors import SnapdError
 from snapd.device.loop import Loop
 from snapd.device.supervisor import EXIT_MS, KILLED_MS, START_RETRY_MS, Process, Supervisor, WorkerState
 from snapd.dmuser.arenachannel import ArenaChannel
-from snapd.dmuser.message import Answer
-from snapd.dmuser.target import MAX_REPLAYS, REPLAYS_AFTER_ANSWERS, SUSPECTS, Target
+from snapd.dmuser.message import SUSPECTS, Answer
+from snapd.dmuser.target import MAX_REPLAYS, REPLAYS_AFTER_ANSWERS, Target
 from snapd.proc.deaths import CRASH_LOOP_DEATHS, CRASH_LOOP_MS
 from snapd.proc.log import Log
 

@@ -17,7 +17,7 @@ from snapd.block.simdisk import SimDisk
 from snapd.block.store import WritableBuffer, read_bytes
 from snapd.dmuser.arena import ARENA_BYTES, PLACE_SHIFT, create_arena, map_arena
 from snapd.dmuser.client import ChannelEnd, ChannelError
-from snapd.dmuser.message import HEADER_BYTES, Answer, Flag, Request
+from snapd.dmuser.message import HEADER_BYTES, SUSPECTS, Answer, Flag, Request
 from snapd.proc.log import Log
 from snapd.worker.arenaservice import ArenaService
 from snapd.worker.backend import ImageBackend, StoreBackend
@@ -185,3 +185,24 @@ def test_the_stream_ends_inside_a_header() -> None:
     peer.socket.sendall(packed(1, BioOp.READ, 0, 512, 0)[:39])
     peer.close()
     assert isinstance(peer.error, ChannelError)
+
+
+def test_few_done_requests_are_unanswered(image: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DMU-148: only the oldest `SUSPECTS` count as replayed when a worker dies, however small the requests are."""
+    count = 5 * SUSPECTS
+    release = threading.Event()
+    read_into = image.service._backend.read_into
+
+    def stop_at_the_last(buffer: WritableBuffer, offset: int) -> None:
+        if offset == 8192 + (count - 1) * 512:
+            assert release.wait(60)
+        read_into(buffer, offset)
+
+    monkeypatch.setattr(image.service._backend, "read_into", stop_at_the_last)
+    image.socket.sendall(b"".join(packed(i, BioOp.READ, 16 + i, 512, i * 512) for i in range(count)))
+    try:
+        # All but what may be held back have been answered before the last one is done.
+        assert image.answers(count - SUSPECTS) == [(i, 0) for i in range(count - SUSPECTS)]
+    finally:
+        release.set()
+    assert image.answers(SUSPECTS) == [(i, 0) for i in range(count - SUSPECTS, count)]
